@@ -1,0 +1,275 @@
+# Copyright 2026 The transformers_ddl team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""DDL model configuration."""
+
+import difflib
+from dataclasses import fields
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+
+# Names that transformers (or a tool that loads through it) hands to any configuration without declaring a field.
+GENERIC_OPTIONS = {
+    "attn_implementation",
+    "auto_map",
+    "classifier_dropout",
+    "custom_pipelines",
+    "experts_implementation",
+    "hidden_dropout",
+    "is_causal",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "partial_rotary_factor",
+    "per_layer_config",
+    "quantization_config",
+    "rope_scaling",
+    "rope_theta",
+    "tie_last_hidden_states",
+    "token_classification_bias",
+    "tokenizer_class",
+    "torch_dtype",
+    *GenerationConfig().to_dict(),
+}
+
+
+@strict
+class DDLConfig(LlamaConfig):
+    r"""
+    Configuration of Deep Delta Learning models (arXiv 2601.00417): Llama's attention and MLP, with every residual
+    addition replaced by the rank-1 delta rewrite `X' = X + β k (vᵀ − kᵀX)` of a state `X` of `num_value_channels`
+    streams of width `hidden_size`. `DDLConfig()` is DDL-CC (n = 4, embedding convolution) at the paper's small size;
+    `DDLConfig(num_value_channels=1)` is the scalar model, whose state is the ordinary residual stream;
+    `DDLConfig(residual_type="additive")` is the ordinary Transformer.
+
+    Fields not listed here are [`LlamaConfig`]'s. `layer_types` and `number_of_conv_states`, from which transformers
+    builds caches, follow from the fields and are read-only.
+
+    Args:
+        intermediate_size (`int`, *optional*):
+            Width of the SwiGLU MLP; `⌊8 hidden_size / 3⌋` if None (paper §4).
+        residual_type (`"delta"` or `"additive"`, defaults to `"delta"`):
+            How a sublayer writes its output into the state.
+        num_value_channels (`int`, *optional*):
+            Number n of value channels; 4 for the delta residual and 1 for the additive one if None.
+        compressor (`"channel"` or `"token"`, *optional*):
+            How the n channels are read into the width `hidden_size` of a sublayer: a per-feature mixing of the current
+            token's channels (DDL-CC) or a causal convolution over tokens (DDL-TC). `"channel"` if None and n > 1.
+        compressor_kernel_size (`int`, *optional*):
+            Taps over channels (at most n; n if None) or over tokens (4 if None). Only for n > 1.
+        share_compressor (`bool`, *optional*):
+            Whether the attention and the MLP sublayer of a layer share one compressor; True if None. Only for n > 1.
+        embedding_conv (`bool`, *optional*):
+            Whether token embeddings are expanded to n channels by a causal convolution over tokens (EC) instead of by
+            repetition; True if None and n > 1.
+        embedding_conv_kernel_size (`int`, *optional*):
+            Taps of that convolution; 4 if None. Only with `embedding_conv`.
+        gate_init (`float`, defaults to 0.2):
+            Gate β₀ ∈ (0, 2) at which training starts.
+        gate_hidden_size (`int`, *optional*):
+            Hidden width of the gate's two-layer form; one linear map if None.
+        value_input (`"residual"` or `"context"`, defaults to `"residual"`):
+            Whether the target v is computed from the sublayer's input before (the authors' code) or after (the
+            paper's text) its RMSNorm.
+        value_activation (`"sigmoid"`, `"constant"` or None, defaults to `"sigmoid"`):
+            v = value_scale · a(W x + b), with a the sigmoid (the authors' code), a = 1 without any map, or the
+            identity (the paper's text).
+        value_scale (`float`, *optional*):
+            Scale of v; 4 for `"sigmoid"`, 2 for `"constant"`, 1 for the linear value if None.
+        value_bias (`bool`, *optional*):
+            Whether the value map has a bias; True for `"sigmoid"`, False otherwise if None.
+        key_eps (`float`, defaults to 1e-5):
+            Guard ε of the direction `k = k̃ / sqrt(‖k̃‖² + ε²)`. Where k̃ vanishes the gradient is of order 1/ε.
+        qk_norm (`"pre_rope"`, `"post_rope"` or None, defaults to `"pre_rope"`):
+            RMSNorm over each query and key head, before the rotary embedding as in most models on the Hub, after it
+            as in the authors' code, or none.
+        logits_scale (`float`, *optional*):
+            Factor on the logits (the authors' µP option uses `hidden_size_base / hidden_size`); none if None.
+        init_scheme (`"default"` or `"authors"`, defaults to `"default"`):
+            `"default"`: matrices N(0, `initializer_range`), compressors start as the mean over channels of the
+            current token. `"authors"`: embeddings N(0, 0.02), every other parameter with two or more dimensions
+            N(0, 0.5/√d), output projections of attention and MLP divided by √L. In both, the gate starts at
+            `gate_init`, the read vectors at 1/n and the embedding convolution as repetition.
+
+    Raises:
+        `ValueError`: at construction, for a value out of range, contradictory settings or an unknown field; the message
+            names the field, the value and what is allowed.
+        `StrictDataclassFieldValidationError`: at construction and assignment, for a wrong type.
+    """
+
+    model_type = "ddl"
+
+    vocab_size: int = 50304
+    hidden_size: int = 768
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 6
+    max_position_embeddings: int = 1024
+    rms_norm_eps: float = 1e-5
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+
+    residual_type: Literal["delta", "additive"] = "delta"
+    num_value_channels: int | None = None
+    compressor: Literal["channel", "token"] | None = None
+    compressor_kernel_size: int | None = None
+    share_compressor: bool | None = None
+    embedding_conv: bool | None = None
+    embedding_conv_kernel_size: int | None = None
+    gate_init: float | int = 0.2
+    gate_hidden_size: int | None = None
+    value_input: Literal["residual", "context"] = "residual"
+    value_activation: Literal["sigmoid", "constant"] | None = "sigmoid"
+    value_scale: float | int | None = None
+    value_bias: bool | None = None
+    key_eps: float | int = 1e-5
+    qk_norm: Literal["pre_rope", "post_rope"] | None = "pre_rope"
+    logits_scale: float | int | None = None
+    init_scheme: Literal["default", "authors"] = "default"
+
+    def __post_init__(self, **kwargs):
+        self._refuse_unknown_options(kwargs)
+
+        if self.intermediate_size is None:
+            self.intermediate_size = 8 * self.hidden_size // 3
+        if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"head_dim must be given when hidden_size ({self.hidden_size}) is not a multiple of "
+                f"num_attention_heads ({self.num_attention_heads})"
+            )
+
+        if self.num_value_channels is None:
+            self.num_value_channels = 4 if self.residual_type == "delta" else 1
+        if self.num_value_channels > 1:
+            if self.compressor is None:
+                self.compressor = "channel"
+            if self.compressor_kernel_size is None:
+                self.compressor_kernel_size = self.num_value_channels if self.compressor == "channel" else 4
+            if self.share_compressor is None:
+                self.share_compressor = True
+            if self.embedding_conv is None:
+                self.embedding_conv = True
+            if self.embedding_conv and self.embedding_conv_kernel_size is None:
+                self.embedding_conv_kernel_size = 4
+
+        if self.value_scale is None:
+            self.value_scale = {"sigmoid": 4.0, "constant": 2.0, None: 1.0}[self.value_activation]
+        if self.value_bias is None:
+            self.value_bias = self.value_activation == "sigmoid"
+
+        super().__post_init__(**kwargs)
+        # `@strict` calls the validators too, but wraps what they raise into messages of several lines.
+        self.validate_architecture()
+        self.validate_residual()
+
+    def _refuse_unknown_options(self, options: dict):
+        """Transformers keeps what it does not know as an attribute, so that a misspelt field would have no effect."""
+        known = GENERIC_OPTIONS | {field.name for field in fields(self)}
+        for name, value in options.items():
+            if name in known or name.startswith("_"):
+                continue
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "DDLConfig's docstring lists what is allowed"
+            raise ValueError(f"unknown field {name}={value!r}: {hint}")
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Per layer, what transformers' caches must hold: attention alone or also inputs of convolutions."""
+        hybrid_layers = self.num_hidden_layers if self.compressor == "token" else int(bool(self.embedding_conv))
+        return ["hybrid"] * hybrid_layers + ["full_attention"] * (self.num_hidden_layers - hybrid_layers)
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """Convolution inputs cached by a hybrid layer, see `DDLTokenConvolution`."""
+        return (3 if self.compressor == "token" else 0) + int(bool(self.embedding_conv))
+
+    def validate_architecture(self):
+        """Checks sizes. Unlike Llama's, `head_dim` need not be `hidden_size / num_attention_heads`."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "num_value_channels",
+            "compressor_kernel_size",
+            "embedding_conv_kernel_size",
+            "gate_hidden_size",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}), "
+                f"got {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
+        rope_types = ["default", *ROPE_INIT_FUNCTIONS]
+        if self.rope_parameters.get("rope_type") not in rope_types:
+            raise ValueError(f"rope_parameters' rope_type must be one of {rope_types}, got {self.rope_parameters}")
+
+    def validate_residual(self):
+        """Checks the options of the residual state, its gate and its target."""
+        if self.residual_type == "additive" and self.num_value_channels != 1:
+            raise ValueError(
+                f"num_value_channels must be 1 for residual_type='additive', got {self.num_value_channels}"
+            )
+        if self.num_value_channels == 1:
+            for name in (
+                "compressor",
+                "compressor_kernel_size",
+                "share_compressor",
+                "embedding_conv",
+                "embedding_conv_kernel_size",
+            ):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name} must be None for num_value_channels=1 (there is nothing to expand or compress), "
+                        f"got {getattr(self, name)!r}"
+                    )
+        if self.compressor == "channel" and self.compressor_kernel_size > self.num_value_channels:
+            raise ValueError(
+                f"compressor_kernel_size must be at most num_value_channels ({self.num_value_channels}) for "
+                f"compressor='channel', got {self.compressor_kernel_size}"
+            )
+        if not self.embedding_conv and self.embedding_conv_kernel_size is not None:
+            raise ValueError(
+                f"embedding_conv_kernel_size must be None without embedding_conv, "
+                f"got {self.embedding_conv_kernel_size}"
+            )
+        if not 0 < self.gate_init < 2:
+            raise ValueError(f"gate_init must lie strictly between 0 and 2, got {self.gate_init}")
+        if self.value_activation == "constant" and self.value_bias:
+            raise ValueError("value_bias must be False or None for value_activation='constant', got True")
+        for name in ("value_scale", "key_eps", "rms_norm_eps", "logits_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+__all__ = ["DDLConfig"]

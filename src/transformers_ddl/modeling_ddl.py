@@ -1,0 +1,697 @@
+# Copyright 2026 The transformers_ddl team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+PyTorch DDL model: a Llama whose residual additions are delta rewrites (Deep Delta Learning, arXiv 2601.00417).
+
+Every layer passes on a state X of n value channels, `[batch, sequence, n, hidden_size]`. A sublayer (attention or MLP)
+
+    compresses   x = C(X),  c = RMSNorm(x)                      [batch, sequence, hidden_size]
+    processes    k̃ = F(c)                                       [batch, sequence, hidden_size]
+    rewrites     X ← X + β k (vᵀ − kᵀX),  k = k̃ / ‖k̃‖           [batch, sequence, n, hidden_size]
+
+with a gate β ∈ (0, 2) computed from c and a target v ∈ Rⁿ computed from x or c. With n = 1 the state is the ordinary
+residual stream and C drops the channel axis.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaMLP,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_ddl import DDLConfig
+
+
+def upcast(tensor: torch.Tensor) -> torch.Tensor:
+    """At least float32: norms, gates, readouts and convolutions are computed in it and rounded once, at the end."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class DDLRMSNorm(LlamaRMSNorm):
+    """Llama's, which computes in float32 whatever its input, but exact in float64."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype != torch.float64:
+            return super().forward(hidden_states)
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+class DDLRotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's, which computes in float32 whatever its input, but exact in float64 for unscaled frequencies."""
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if x.dtype != torch.float64 or self.rope_type != "default":
+            return super().forward(x, position_ids)
+        exponents = torch.arange(0, self.config.head_dim, 2, device=x.device, dtype=x.dtype) / self.config.head_dim
+        angles = position_ids[..., None] * self.config.rope_parameters["rope_theta"] ** -exponents
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+
+def delta_rewrite(
+    state: torch.Tensor, direction: torch.Tensor, target: torch.Tensor, gate: torch.Tensor, key_eps: float
+) -> torch.Tensor:
+    """
+    The delta rewrite `X' = X + β k (vᵀ − kᵀX)` with `k = k̃ / sqrt(‖k̃‖² + ε²)` (paper §2).
+
+    Args:
+        state (`[batch, sequence, n, hidden_size]`): X.
+        direction (`[batch, sequence, hidden_size]`): k̃, not normalised.
+        target (`[batch, sequence, n]`): v.
+        gate (`[batch, sequence]`): β.
+        key_eps (`float`): ε.
+
+    Returns:
+        `[batch, sequence, n, hidden_size]`, in the dtype of `state`, computed in at least float32.
+    """
+    direction = upcast(direction)
+    key = direction * torch.rsqrt(direction.square().sum(-1, keepdim=True) + key_eps**2)
+    key = key.unsqueeze(-2)
+    readout = (state * key).sum(-1)
+    write = gate.unsqueeze(-1) * (target - readout)
+    return (state + write.unsqueeze(-1) * key).to(state.dtype)
+
+
+class DDLDeltaResidual(nn.Module):
+    """
+    Writes the output of a sublayer into the state by the delta rewrite, with the gate (paper §2)
+    `β = 2σ(w·c + b)` or `β = 2σ(w·tanh(W₁c + b₁) + b)` and the target `v = scale · a(W x + b)`.
+    """
+
+    def __init__(self, config: DDLConfig):
+        super().__init__()
+        self.config = config
+        if config.gate_hidden_size is not None:
+            self.beta_hidden_proj = nn.Linear(config.hidden_size, config.gate_hidden_size)
+        self.beta_proj = nn.Linear(config.gate_hidden_size or config.hidden_size, 1)
+        if config.value_activation != "constant":
+            self.value_proj = nn.Linear(config.hidden_size, config.num_value_channels, bias=config.value_bias)
+
+    def gate(self, context: torch.Tensor) -> torch.Tensor:
+        """β `[batch, sequence]` in at least float32, from the normalised context c `[batch, sequence, hidden_size]`."""
+        if self.config.gate_hidden_size is not None:
+            context = torch.tanh(self.beta_hidden_proj(context))
+        # Near 0 and 2 the gate is decided by small differences between logits: they are computed in float32 (§2),
+        # unless the weights themselves were cast to less.
+        with maybe_autocast(device_type=context.device.type, enabled=False):
+            logits = self.beta_proj(context.to(self.beta_proj.bias.dtype))
+        return 2 * torch.sigmoid(upcast(logits)).squeeze(-1)
+
+    def target(self, hidden_states: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """v `[batch, sequence, n]` in at least float32, from x or c `[batch, sequence, hidden_size]`."""
+        config = self.config
+        if config.value_activation == "constant":
+            return upcast(context).new_full((*context.shape[:-1], config.num_value_channels), config.value_scale)
+        value = upcast(self.value_proj(hidden_states if config.value_input == "residual" else context))
+        if config.value_activation == "sigmoid":
+            value = torch.sigmoid(value)
+        return config.value_scale * value
+
+    def forward(
+        self, state: torch.Tensor, direction: torch.Tensor, hidden_states: torch.Tensor, context: torch.Tensor
+    ) -> torch.Tensor:
+        target = self.target(hidden_states, context)
+        return delta_rewrite(state, direction, target, self.gate(context), self.config.key_eps)
+
+
+class DDLAdditiveResidual(nn.Module):
+    """The ordinary residual addition, `x + F(c)`."""
+
+    def __init__(self, config: DDLConfig):
+        super().__init__()
+
+    def forward(
+        self, state: torch.Tensor, direction: torch.Tensor, hidden_states: torch.Tensor, context: torch.Tensor
+    ) -> torch.Tensor:
+        return state + direction.unsqueeze(-2)
+
+
+RESIDUALS = {"delta": DDLDeltaResidual, "additive": DDLAdditiveResidual}
+
+
+def left_align_padding(hidden_states: torch.Tensor, token_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Moves padding, as zeros, in front of the tokens of each row, so that a convolution sees the tokens as if alone.
+
+    Args:
+        hidden_states (`[batch, sequence, channels]`): inputs of a convolution.
+        token_mask (`[batch, sequence]`, bool): False at padding.
+
+    Returns:
+        The rearranged inputs, and for every position the one it moved to (`[batch, sequence]`, int64).
+    """
+    padding = ~token_mask
+    first_token = padding.sum(1, keepdim=True)
+    moved_to = torch.where(token_mask, first_token + token_mask.cumsum(1), padding.cumsum(1)) - 1
+    aligned = torch.empty_like(hidden_states).scatter(
+        1,
+        moved_to.unsqueeze(-1).expand_as(hidden_states),
+        hidden_states.masked_fill(padding.unsqueeze(-1), 0),
+    )
+    return aligned, moved_to
+
+
+class DDLTokenConvolution(nn.Module):
+    """
+    Causal depthwise convolution over tokens, the last of its taps being the current token. It reads neither padding nor
+    other documents of a packed batch. Its past inputs live in transformers' caches, as state `state_idx` of the layer
+    `layer_idx`.
+    """
+
+    def __init__(self, config: DDLConfig, kernel_size: int):
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.weight = nn.Parameter(torch.empty(config.num_value_channels, config.hidden_size, kernel_size))
+
+    def apply_tap(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """One term of the sum over taps: `hidden_states` some tokens ago, `weight` `[n, hidden_size]`."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layer_idx: int,
+        state_idx: int,
+        past_key_values: Cache | None = None,
+        conv_mask: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        input_dtype, seq_length, channels = hidden_states.dtype, hidden_states.shape[1], hidden_states.shape[2:]
+        inputs = hidden_states.flatten(2)
+        if past_key_values is not None:
+            inputs = self.prepend_past(inputs, layer_idx, state_idx, past_key_values)
+        past_length = inputs.shape[1] - seq_length
+
+        # Padding may stand between the tokens of this call and the past, hence all positions are computed
+        num_outputs = seq_length
+        if conv_mask is not None:
+            num_outputs += past_length
+            inputs, moved_to = left_align_padding(inputs, F.pad(conv_mask, (past_length, 0), value=True))
+            if past_key_values is not None:
+                past = past_key_values.layers[layer_idx].conv_states[state_idx]
+                past.copy_(inputs[:, -past.shape[-1] :].transpose(1, 2))
+
+        inputs = F.pad(inputs, (0, 0, self.kernel_size - 1, 0)).unflatten(2, channels)
+        weight, output = upcast(self.weight), 0
+        for tap in range(self.kernel_size):
+            offset = self.kernel_size - 1 - tap
+            end = inputs.shape[1] - offset
+            window = inputs[:, end - num_outputs : end]
+            if document_ids is not None:
+                same_document = F.pad(document_ids, (offset, 0), value=-1)[:, :seq_length] == document_ids
+                window = window * same_document.view(*same_document.shape, *[1] * len(channels))
+            output = output + self.apply_tap(window, weight[..., tap])
+
+        if conv_mask is not None:
+            moved_to = moved_to[:, past_length:].view(*moved_to.shape[:1], seq_length, *[1] * (output.dim() - 2))
+            output = torch.take_along_dim(output, moved_to, dim=1)
+        return output.to(input_dtype)
+
+    def prepend_past(
+        self, inputs: torch.Tensor, layer_idx: int, state_idx: int, past_key_values: Cache
+    ) -> torch.Tensor:
+        """Stores the inputs `[batch, sequence, channels]` in the cache and returns them behind the past ones."""
+        if past_key_values.offloading:
+            # Offloading the keys and values of a layer moves its convolution states too
+            torch.cuda.current_stream(inputs.device).wait_stream(past_key_values.prefetch_stream)
+            LinearAttentionCacheLayerMixin.prefetch(past_key_values.layers[layer_idx])
+        return past_key_values.update_conv_state(
+            inputs.transpose(1, 2), layer_idx, state_idx=state_idx, conv_kernel_size=self.kernel_size
+        ).transpose(1, 2)
+
+
+class DDLEmbeddingConvolution(DDLTokenConvolution):
+    """
+    Expands token embeddings `[batch, sequence, hidden_size]` to the state `[batch, sequence, n, hidden_size]` by
+    `X[t, j] = Σ_τ w[j, τ] ∘ e[t − τ]` (EC, paper §3).
+    """
+
+    def __init__(self, config: DDLConfig):
+        super().__init__(config, config.embedding_conv_kernel_size)
+
+    def apply_tap(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return hidden_states.unsqueeze(2) * weight
+
+
+class DDLTokenCompressor(DDLTokenConvolution):
+    """
+    Reads the state `[batch, sequence, n, hidden_size]` as `x[t] = Σ_j r_j Σ_τ w[j, τ] ∘ X[t − τ, j]`,
+    `[batch, sequence, hidden_size]` (TC, paper §3).
+    """
+
+    def __init__(self, config: DDLConfig):
+        super().__init__(config, config.compressor_kernel_size)
+        self.read = nn.Parameter(torch.empty(config.num_value_channels))
+
+    def apply_tap(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (hidden_states * (upcast(self.read).unsqueeze(-1) * weight)).sum(2)
+
+
+class DDLChannelCompressor(nn.Module):
+    """
+    Reads the state `[batch, sequence, n, hidden_size]` as `x = Σ_j C[j] ∘ X[j]`, `[batch, sequence, hidden_size]` (CC,
+    paper §3). C is the read vector r over channels behind a 'same'-padded convolution over channels with a kernel per
+    feature, `C[j] = Σ_m r_m kernel[j − m + ⌊(s − 1)/2⌋]`.
+    """
+
+    def __init__(self, config: DDLConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, config.compressor_kernel_size))
+        self.read = nn.Parameter(torch.empty(config.num_value_channels))
+
+    @property
+    def current_tap(self) -> int:
+        """Index of the kernel's tap on the channel itself."""
+        return (self.weight.shape[1] - 1) // 2
+
+    def mixing(self) -> torch.Tensor:
+        """C, `[n, hidden_size]`."""
+        weight, read = upcast(self.weight), upcast(self.read)
+        kernel_size = weight.shape[1]
+        read = F.pad(read, (kernel_size - 1 - self.current_tap, self.current_tap)).unfold(0, kernel_size, 1)
+        return (read.unsqueeze(1) * weight.flip(1)).sum(-1)
+
+    def forward(self, state: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return (state * self.mixing()).sum(2).to(state.dtype)
+
+
+class DDLScalarCompressor(nn.Module):
+    """The state of one channel `[batch, sequence, 1, hidden_size]` is read as it is, `[batch, sequence, hidden_size]`."""
+
+    def __init__(self, config: DDLConfig):
+        super().__init__()
+
+    def forward(self, state: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return state.squeeze(2)
+
+
+COMPRESSORS = {None: DDLScalarCompressor, "channel": DDLChannelCompressor, "token": DDLTokenCompressor}
+
+
+class DDLAttention(LlamaAttention):
+    """Llama's attention with an optional RMSNorm over each query and key head, before or after the rotary embedding."""
+
+    def __init__(self, config: DDLConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if config.qk_norm is not None:
+            self.q_norm = DDLRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = DDLRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+
+        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+
+        if self.config.qk_norm == "pre_rope":
+            query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
+        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
+        if self.config.qk_norm == "post_rope":
+            query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
+
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        return self.o_proj(attn_output), attn_weights
+
+
+class DDLDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: DDLConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.self_attn = DDLAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = DDLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DDLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.compressor = COMPRESSORS[config.compressor](config)
+        self.mlp_compressor = None if config.share_compressor else COMPRESSORS[config.compressor](config)
+        self.attn_residual = RESIDUALS[config.residual_type](config)
+        self.mlp_residual = RESIDUALS[config.residual_type](config)
+
+    def forward(
+        self,
+        state: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        conv_mask: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Returns:
+            The new state `[batch, sequence, n, hidden_size]` and what the layer read from the old one,
+            `[batch, sequence, hidden_size]`, which is the layer's entry in `hidden_states`.
+        """
+        boundaries = {"past_key_values": past_key_values, "conv_mask": conv_mask, "document_ids": document_ids}
+
+        # Self Attention
+        layer_input = self.compressor(state, self.layer_idx, 0, **boundaries)
+        context = self.input_layernorm(layer_input)
+        direction, _ = self.self_attn(
+            hidden_states=context,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        state = self.attn_residual(state, direction, layer_input, context)
+
+        # Fully Connected
+        compressor = self.compressor if self.mlp_compressor is None else self.mlp_compressor
+        hidden_states = compressor(state, self.layer_idx, 1, **boundaries)
+        context = self.post_attention_layernorm(hidden_states)
+        direction = self.mlp(context)
+        state = self.mlp_residual(state, direction, hidden_states, context)
+        return state, layer_input
+
+
+class DDLPreTrainedModel(LlamaPreTrainedModel):
+    config: DDLConfig
+    config_class = DDLConfig
+    _no_split_modules = ["DDLDecoderLayer"]
+    # Kept in float32 by `from_pretrained(dtype=...)`, and out of quantisation
+    _keep_in_fp32_modules_strict = ["beta_proj"]
+    _can_record_outputs = {
+        "hidden_states": [
+            OutputRecorder(DDLDecoderLayer, index=1, capture_initial_hidden_state=False),
+            OutputRecorder(tuple(COMPRESSORS.values()), layer_name="readout", capture_initial_hidden_state=False),
+        ],
+        "attentions": DDLAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if self.config.init_scheme == "authors":
+            self._init_weights_as_authors(module)
+
+        # Parameters that define a starting point rather than a distribution
+        if isinstance(module, DDLDeltaResidual):
+            gate_init = self.config.gate_init / 2
+            init.constant_(module.beta_proj.bias, math.log(gate_init / (1 - gate_init)))
+        elif isinstance(module, DDLEmbeddingConvolution):
+            init.copy_(module.weight, unit_kernel_like(module.weight, tap=-1))
+        elif isinstance(module, (DDLTokenCompressor, DDLChannelCompressor)):
+            init.constant_(module.read, 1 / self.config.num_value_channels)
+            if self.config.init_scheme == "default":
+                tap = -1 if isinstance(module, DDLTokenCompressor) else module.current_tap
+                init.copy_(module.weight, unit_kernel_like(module.weight, tap))
+
+    def _init_weights_as_authors(self, module: nn.Module):
+        """Every parameter with two or more dimensions, embeddings aside, N(0, 0.5/√d) (spec §4)."""
+        std = 0.5 / math.sqrt(self.config.hidden_size)
+        if isinstance(module, nn.Embedding) or module is self.get_output_embeddings():
+            init.normal_(module.weight, std=0.02)
+        elif isinstance(module, (nn.Linear, DDLTokenCompressor, DDLChannelCompressor)):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, DDLAttention):
+            init.normal_(module.o_proj.weight, std=std / math.sqrt(self.config.num_hidden_layers))
+        elif isinstance(module, LlamaMLP):
+            init.normal_(module.down_proj.weight, std=std / math.sqrt(self.config.num_hidden_layers))
+
+
+def unit_kernel_like(weight: torch.Tensor, tap: int) -> torch.Tensor:
+    """Kernel (taps in the last dimension) of the convolution that copies its input at `tap`."""
+    kernel = torch.zeros_like(weight)
+    kernel[..., tap] = 1
+    return kernel
+
+
+class DDLModel(DDLPreTrainedModel):
+    """The stack of DDL decoder layers between the token embeddings and the final norm, without a head."""
+
+    def __init__(self, config: DDLConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.embedding_conv = DDLEmbeddingConvolution(config) if config.embedding_conv else None
+        self.layers = nn.ModuleList(
+            [DDLDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.readout = COMPRESSORS[config.compressor](config)
+        self.norm = DDLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = DDLRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Args are [`LlamaModel`]'s. Of the outputs, `hidden_states` holds what each layer reads from the state and the
+        final `last_hidden_state`, all `[batch, sequence, hidden_size]`.
+
+        Raises:
+            `ValueError`: unless exactly one of `input_ids` and `inputs_embeds` is given.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        attention_mask, boundaries = self._prepare_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
+
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and self.config.compressor == "token":
+            self._fill_unused_conv_states(past_key_values, inputs_embeds)
+        boundaries["past_key_values"] = past_key_values
+
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+
+        if self.embedding_conv is not None:
+            state = self.embedding_conv(inputs_embeds, 0, self.config.number_of_conv_states - 1, **boundaries)
+        else:
+            state = inputs_embeds.unsqueeze(2).expand(-1, -1, self.config.num_value_channels, -1)
+
+        for decoder_layer in self.layers[: self.config.num_hidden_layers]:
+            state, _ = decoder_layer(
+                state,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **boundaries,
+                **kwargs,
+            )
+
+        hidden_states = self.readout(state, self.config.num_hidden_layers - 1, 2, **boundaries)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+        )
+
+    def _prepare_masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict | None,
+        position_ids: torch.LongTensor | None,
+        past_key_values: Cache | None,
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor | None]]:
+        """
+        The mask of the attention and, for the convolutions, `conv_mask` (False at padding) and `document_ids` of packed
+        documents, both `[batch, sequence]` or None. As in transformers, position ids denote packed documents where
+        neither a mask nor a cache is given.
+        """
+        conv_mask = document_ids = None
+        # `generate` prepares the masks of a compiled forward pass in advance
+        if isinstance(attention_mask, dict):
+            causal_mask, conv_mask = attention_mask["full_attention"], attention_mask.get("linear_attention")
+        else:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            batch_size, seq_length = inputs_embeds.shape[:2]
+            if self.config.number_of_conv_states == 0:
+                pass
+            # A single new token is never padding
+            elif attention_mask is not None and attention_mask.ndim == 2 and seq_length > 1:
+                conv_mask = attention_mask[:, -seq_length:]
+            elif attention_mask is None and past_key_values is None and position_ids is not None:
+                document_ids = find_packed_sequence_indices(position_ids.expand(batch_size, -1))
+        conv_mask = conv_mask.bool() if conv_mask is not None else None
+        return causal_mask, {"conv_mask": conv_mask, "document_ids": document_ids}
+
+    def _fill_unused_conv_states(self, past_key_values: Cache, inputs_embeds: torch.Tensor):
+        """
+        Every hybrid layer of transformers' caches has the same number of convolution states and can only be cropped
+        when all of them are in use. The readout (state 2) uses one of the last layer and the embedding convolution
+        (state 3) one of the first, so that the others hold empty tensors.
+        """
+        used = {(self.config.num_hidden_layers - 1, 2), (0, 3)}
+        for layer_idx in range(self.config.num_hidden_layers):
+            for state_idx in range(2, self.config.number_of_conv_states):
+                if (layer_idx, state_idx) in used or past_key_values.has_previous_state(layer_idx, state_idx):
+                    continue
+                empty = inputs_embeds.new_empty(inputs_embeds.shape[0], 0, 1)
+                past_key_values.update_conv_state(empty, layer_idx, state_idx=state_idx, conv_kernel_size=1)
+
+
+class DDLForCausalLM(DDLPreTrainedModel, GenerationMixin):
+    """The DDL model with a language modeling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: DDLConfig):
+        super().__init__(config)
+        self.model = DDLModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+        # Initialize weights and apply final processing
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Args and outputs are [`LlamaForCausalLM`]'s: `labels` `[batch, sequence]` are shifted inside and ignored where
+        -100; the loss is the mean over labels, or their sum divided by `num_items_in_batch`; `logits_to_keep` limits
+        the logits to the last so many positions, or to the given ones.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+        slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_states = outputs.last_hidden_state[:, slice_indices, :]
+        if self.config.logits_scale is not None:
+            hidden_states = hidden_states * self.config.logits_scale
+        logits = self.lm_head(hidden_states)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class DDLForSequenceClassification(GenericForSequenceClassification, DDLPreTrainedModel): ...
+
+
+class DDLForTokenClassification(GenericForTokenClassification, DDLPreTrainedModel): ...
+
+
+class DDLForQuestionAnswering(GenericForQuestionAnswering, DDLPreTrainedModel): ...
+
+
+__all__ = [
+    "DDLPreTrainedModel",
+    "DDLModel",
+    "DDLForCausalLM",
+    "DDLForSequenceClassification",
+    "DDLForTokenClassification",
+    "DDLForQuestionAnswering",
+]

@@ -21,7 +21,8 @@ Every layer passes on a state X of n value channels, `[batch, sequence, n, hidde
     rewrites     X ← X + β k (vᵀ − kᵀX),  k = k̃ / ‖k̃‖           [batch, sequence, n, hidden_size]
 
 with a gate β ∈ (0, 2) computed from c and a target v ∈ Rⁿ computed from x or c. With n = 1 the state is the ordinary
-residual stream and C drops the channel axis.
+residual stream and C drops the channel axis. A rewrite is carried out by the sublayer after it, together with what that
+one reads from the state (`begin_sublayer`), so that kernels can do both in one pass over the state.
 """
 
 import math
@@ -57,6 +58,7 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_ddl import DDLConfig
+from .ops_ddl import can_fuse, fused_boundary
 
 
 def upcast(tensor: torch.Tensor) -> torch.Tensor:
@@ -111,8 +113,8 @@ def delta_rewrite(
 
 class DDLDeltaResidual(nn.Module):
     """
-    Writes the output of a sublayer into the state by the delta rewrite, with the gate (paper §2)
-    `β = 2σ(w·c + b)` or `β = 2σ(w·tanh(W₁c + b₁) + b)` and the target `v = scale · a(W x + b)`.
+    Gate and target of a sublayer's delta rewrite: `β = 2σ(w·c + b)` or `β = 2σ(w·tanh(W₁c + b₁) + b)` (paper §2) and
+    `v = scale · a(W x + b)`.
     """
 
     def __init__(self, config: DDLConfig):
@@ -144,26 +146,8 @@ class DDLDeltaResidual(nn.Module):
             value = torch.sigmoid(value)
         return config.value_scale * value
 
-    def forward(
-        self, state: torch.Tensor, direction: torch.Tensor, hidden_states: torch.Tensor, context: torch.Tensor
-    ) -> torch.Tensor:
-        target = self.target(hidden_states, context)
-        return delta_rewrite(state, direction, target, self.gate(context), self.config.key_eps)
-
-
-class DDLAdditiveResidual(nn.Module):
-    """The ordinary residual addition, `x + F(c)`."""
-
-    def __init__(self, config: DDLConfig):
-        super().__init__()
-
-    def forward(
-        self, state: torch.Tensor, direction: torch.Tensor, hidden_states: torch.Tensor, context: torch.Tensor
-    ) -> torch.Tensor:
-        return state + direction.unsqueeze(-2)
-
-
-RESIDUALS = {"delta": DDLDeltaResidual, "additive": DDLAdditiveResidual}
+    def forward(self, hidden_states: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.target(hidden_states, context), self.gate(context)
 
 
 def left_align_padding(hidden_states: torch.Tensor, token_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -375,9 +359,47 @@ class DDLAttention(LlamaAttention):
         return self.o_proj(attn_output), attn_weights
 
 
+def begin_sublayer(
+    config: DDLConfig,
+    state: torch.Tensor,
+    write: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    compressor: nn.Module,
+    norm: DDLRMSNorm,
+    residual: DDLDeltaResidual | None = None,
+    output_hidden_states: bool = False,
+    **compressor_kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """
+    Carries out the write of the sublayer before, `(direction, target, gate)` or Nones where there is none, and reads the
+    state for the next.
+
+    Returns:
+        state (`[batch, sequence, n, hidden_size]`): X.
+        hidden_states (`[batch, sequence, hidden_size]`): x = C(X); None from the fused kernels.
+        context (`[batch, sequence, hidden_size]`): c, the input of the next sublayer.
+        heads (`[batch, sequence, n]`, `[batch, sequence]`): target and gate of the next sublayer's write.
+    """
+    direction, target, gate = write
+    token_local = config.residual_type == "delta" and config.compressor != "token"
+    if token_local and not output_hidden_states and can_fuse(state, residual):
+        mixing = compressor.mixing() if config.compressor == "channel" else None
+        state, context, *heads = fused_boundary(state, direction, target, gate, mixing, norm, residual, config.key_eps)
+        return state, None, context, tuple(heads)
+
+    if direction is not None and config.residual_type == "additive":
+        state = state + direction.unsqueeze(-2)
+    elif direction is not None:
+        state = delta_rewrite(state, direction, target, gate, config.key_eps)
+    hidden_states = compressor(state, **compressor_kwargs)
+    context = norm(hidden_states)
+    heads = (None, None) if residual is None else residual(hidden_states, context)
+    return state, hidden_states, context, heads
+
+
 class DDLDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: DDLConfig, layer_idx: int):
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
         self.self_attn = DDLAttention(config, layer_idx)
         self.mlp = LlamaMLP(config)
@@ -385,12 +407,15 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = DDLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.compressor = COMPRESSORS[config.compressor](config)
         self.mlp_compressor = None if config.share_compressor else COMPRESSORS[config.compressor](config)
-        self.attn_residual = RESIDUALS[config.residual_type](config)
-        self.mlp_residual = RESIDUALS[config.residual_type](config)
+        self.attn_residual = DDLDeltaResidual(config) if config.residual_type == "delta" else None
+        self.mlp_residual = DDLDeltaResidual(config) if config.residual_type == "delta" else None
 
     def forward(
         self,
         state: torch.Tensor,
+        direction: torch.Tensor | None,
+        target: torch.Tensor | None,
+        gate: torch.Tensor | None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -398,18 +423,33 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         conv_mask: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, ...]:
         """
-        Returns:
-            The new state `[batch, sequence, n, hidden_size]` and what the layer read from the old one,
-            `[batch, sequence, hidden_size]`, which is the layer's entry in `hidden_states`.
+        Takes and returns the state `[batch, sequence, n, hidden_size]` and the write that is still to be made: direction
+        `[batch, sequence, hidden_size]`, target `[batch, sequence, n]`, gate `[batch, sequence]`. The last output is
+        what the layer read from the state, `[batch, sequence, hidden_size]`: its entry in `hidden_states`.
         """
-        boundaries = {"past_key_values": past_key_values, "conv_mask": conv_mask, "document_ids": document_ids}
+        read_kwargs = {
+            "output_hidden_states": output_hidden_states,
+            "layer_idx": self.layer_idx,
+            "past_key_values": past_key_values,
+            "conv_mask": conv_mask,
+            "document_ids": document_ids,
+        }
 
         # Self Attention
-        layer_input = self.compressor(state, self.layer_idx, 0, **boundaries)
-        context = self.input_layernorm(layer_input)
+        state, layer_input, context, heads = begin_sublayer(
+            self.config,
+            state,
+            (direction, target, gate),
+            self.compressor,
+            self.input_layernorm,
+            self.attn_residual,
+            state_idx=0,
+            **read_kwargs,
+        )
         direction, _ = self.self_attn(
             hidden_states=context,
             attention_mask=attention_mask,
@@ -419,15 +459,20 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             **kwargs,
         )
-        state = self.attn_residual(state, direction, layer_input, context)
 
         # Fully Connected
-        compressor = self.compressor if self.mlp_compressor is None else self.mlp_compressor
-        hidden_states = compressor(state, self.layer_idx, 1, **boundaries)
-        context = self.post_attention_layernorm(hidden_states)
+        state, _, context, heads = begin_sublayer(
+            self.config,
+            state,
+            (direction, *heads),
+            self.compressor if self.mlp_compressor is None else self.mlp_compressor,
+            self.post_attention_layernorm,
+            self.mlp_residual,
+            state_idx=1,
+            **read_kwargs,
+        )
         direction = self.mlp(context)
-        state = self.mlp_residual(state, direction, hidden_states, context)
-        return state, layer_input
+        return state, direction, *heads, layer_input
 
 
 class DDLPreTrainedModel(LlamaPreTrainedModel):
@@ -438,7 +483,7 @@ class DDLPreTrainedModel(LlamaPreTrainedModel):
     _keep_in_fp32_modules_strict = ["beta_proj"]
     _can_record_outputs = {
         "hidden_states": [
-            OutputRecorder(DDLDecoderLayer, index=1, capture_initial_hidden_state=False),
+            OutputRecorder(DDLDecoderLayer, index=4, capture_initial_hidden_state=False),
             OutputRecorder(tuple(COMPRESSORS.values()), layer_name="readout", capture_initial_hidden_state=False),
         ],
         "attentions": DDLAttention,
@@ -535,6 +580,7 @@ class DDLModel(DDLPreTrainedModel):
         if past_key_values is not None and self.config.compressor == "token":
             self._fill_unused_conv_states(past_key_values, inputs_embeds)
         boundaries["past_key_values"] = past_key_values
+        output_hidden_states = bool(kwargs.pop("output_hidden_states", self.config.output_hidden_states))
 
         if position_ids is None:
             past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -543,24 +589,41 @@ class DDLModel(DDLPreTrainedModel):
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
         if self.embedding_conv is not None:
-            state = self.embedding_conv(inputs_embeds, 0, self.config.number_of_conv_states - 1, **boundaries)
+            state_idx = self.config.number_of_conv_states - 1
+            state = self.embedding_conv(inputs_embeds, layer_idx=0, state_idx=state_idx, **boundaries)
         else:
             state = inputs_embeds.unsqueeze(2).expand(-1, -1, self.config.num_value_channels, -1)
+        # Under autocast the state is stored in the precision of the matrix products; rewrites are computed in float32
+        if torch.is_autocast_enabled(state.device.type):
+            state = state.to(torch.get_autocast_dtype(state.device.type))
 
+        write = (None, None, None)
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
-            state, _ = decoder_layer(
+            state, *write, _ = decoder_layer(
                 state,
+                *write,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                output_hidden_states=output_hidden_states,
                 **boundaries,
                 **kwargs,
             )
 
-        hidden_states = self.readout(state, self.config.num_hidden_layers - 1, 2, **boundaries)
+        _, _, hidden_states, _ = begin_sublayer(
+            self.config,
+            state,
+            write,
+            self.readout,
+            self.norm,
+            output_hidden_states=output_hidden_states,
+            layer_idx=self.config.num_hidden_layers - 1,
+            state_idx=2,
+            **boundaries,
+        )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=hidden_states,
             past_key_values=past_key_values,
         )
 

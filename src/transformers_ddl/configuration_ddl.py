@@ -14,7 +14,10 @@
 """DDL model configuration."""
 
 import difflib
+import os
+import shutil
 from dataclasses import fields
+from pathlib import Path
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -22,7 +25,10 @@ from transformers import GenerationConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # Names that transformers (or a tool that loads through it) hands to any configuration without declaring a field.
 GENERIC_OPTIONS = {
@@ -47,6 +53,16 @@ GENERIC_OPTIONS = {
     "tokenizer_class",
     "torch_dtype",
     *GenerationConfig().to_dict(),
+}
+
+# What the Auto classes load with `trust_remote_code=True` where this package is not installed
+AUTO_MAP = {
+    "AutoConfig": "configuration_ddl.DDLConfig",
+    "AutoModel": "modeling_ddl.DDLModel",
+    "AutoModelForCausalLM": "modeling_ddl.DDLForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_ddl.DDLForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_ddl.DDLForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_ddl.DDLForQuestionAnswering",
 }
 
 
@@ -186,6 +202,10 @@ class DDLConfig(LlamaConfig):
         for name, value in options.items():
             if name in known or name.startswith("_"):
                 continue
+            # A configuration that was saved may hold attributes that were set on it
+            if self.transformers_version is not None:
+                logger.warning_once(f"{name}={value!r} is not a field of DDLConfig and has no effect")
+                continue
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "DDLConfig's docstring lists what is allowed"
             raise ValueError(f"unknown field {name}={value!r}: {hint}")
@@ -200,6 +220,18 @@ class DDLConfig(LlamaConfig):
     def number_of_conv_states(self) -> int:
         """Convolution inputs cached by a hybrid layer, see `DDLTokenConvolution`."""
         return (3 if self.compressor == "token" else 0) + int(bool(self.embedding_conv))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """
+        Also saves the code, for `trust_remote_code`. Transformers can do so for registered classes (`custom_object_save`),
+        but mistakes the wrapper classes of FSDP2 for the model's code and leaves `AutoModel` out.
+        """
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+        for file in Path(__file__).parent.glob("*_ddl.py"):
+            shutil.copyfile(file, Path(save_directory, file.name))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def validate_architecture(self):
         """Checks sizes. Unlike Llama's, `head_dim` need not be `hidden_size / num_attention_heads`."""

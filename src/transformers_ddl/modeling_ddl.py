@@ -31,6 +31,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 from transformers.generation import GenerationMixin
@@ -58,7 +59,7 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_ddl import DDLConfig
-from .ops_ddl import can_fuse, fused_boundary
+from .ops_ddl import can_fuse, fused_boundary, load_kernels
 
 
 def upcast(tensor: torch.Tensor) -> torch.Tensor:
@@ -365,13 +366,15 @@ def begin_sublayer(
     write: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
     compressor: nn.Module,
     norm: DDLRMSNorm,
-    residual: DDLDeltaResidual | None = None,
-    output_hidden_states: bool = False,
+    residual: DDLDeltaResidual | None,
+    history: list[torch.Tensor],
+    output_hidden_states: bool,
     **compressor_kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
     """
     Carries out the write of the sublayer before, `(direction, target, gate)` or Nones where there is none, and reads the
-    state for the next.
+    state for the next, whose residual is `residual` (None at the readout). `history` is what the fused kernels need to
+    rebuild states in their backward pass.
 
     Returns:
         state (`[batch, sequence, n, hidden_size]`): X.
@@ -383,9 +386,12 @@ def begin_sublayer(
     token_local = config.residual_type == "delta" and config.compressor != "token"
     if token_local and not output_hidden_states and can_fuse(state, residual):
         mixing = compressor.mixing() if config.compressor == "channel" else None
-        state, context, *heads = fused_boundary(state, direction, target, gate, mixing, norm, residual, config.key_eps)
+        state, context, *heads = fused_boundary(
+            state, direction, target, gate, mixing, norm, residual, config.key_eps, history
+        )
         return state, None, context, tuple(heads)
 
+    history.clear()
     if direction is not None and config.residual_type == "additive":
         state = state + direction.unsqueeze(-2)
     elif direction is not None:
@@ -423,6 +429,7 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         conv_mask: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
+        history: list[torch.Tensor] | None = None,
         output_hidden_states: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, ...]:
@@ -431,7 +438,11 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
         `[batch, sequence, hidden_size]`, target `[batch, sequence, n]`, gate `[batch, sequence]`. The last output is
         what the layer read from the state, `[batch, sequence, hidden_size]`: its entry in `hidden_states`.
         """
+        # A checkpointed layer runs again in the backward pass, and must then find the history of its first run
+        if history is None or (self.gradient_checkpointing and self.training):
+            history = []
         read_kwargs = {
+            "history": history,
             "output_hidden_states": output_hidden_states,
             "layer_idx": self.layer_idx,
             "past_key_values": past_key_values,
@@ -479,8 +490,6 @@ class DDLPreTrainedModel(LlamaPreTrainedModel):
     config: DDLConfig
     config_class = DDLConfig
     _no_split_modules = ["DDLDecoderLayer"]
-    # Kept in float32 by `from_pretrained(dtype=...)`, and out of quantisation
-    _keep_in_fp32_modules_strict = ["beta_proj"]
     _can_record_outputs = {
         "hidden_states": [
             OutputRecorder(DDLDecoderLayer, index=4, capture_initial_hidden_state=False),
@@ -488,6 +497,11 @@ class DDLPreTrainedModel(LlamaPreTrainedModel):
         ],
         "attentions": DDLAttention,
     }
+
+    def __init__(self, config: DDLConfig, *args, **kwargs):
+        # Transformers' heads create their base model by `AutoModel`, which would ask to trust remote code once more
+        AutoModel.register(type(config), DDLModel, exist_ok=True)
+        super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -532,6 +546,7 @@ class DDLModel(DDLPreTrainedModel):
 
     def __init__(self, config: DDLConfig):
         super().__init__(config)
+        load_kernels()
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
 
@@ -544,6 +559,8 @@ class DDLModel(DDLPreTrainedModel):
         self.norm = DDLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DDLRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        # Kept in float32 by `from_pretrained(dtype=...)`, and out of quantisation
+        self._keep_in_fp32_modules_strict = ["beta_proj"] if config.residual_type == "delta" else None
 
         # Initialize weights and apply final processing
         self.post_init()
@@ -597,7 +614,7 @@ class DDLModel(DDLPreTrainedModel):
         if torch.is_autocast_enabled(state.device.type):
             state = state.to(torch.get_autocast_dtype(state.device.type))
 
-        write = (None, None, None)
+        write, history = (None, None, None), []
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
             state, *write, _ = decoder_layer(
                 state,
@@ -606,6 +623,7 @@ class DDLModel(DDLPreTrainedModel):
                 position_ids=position_ids,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                history=history,
                 output_hidden_states=output_hidden_states,
                 **boundaries,
                 **kwargs,
@@ -617,7 +635,9 @@ class DDLModel(DDLPreTrainedModel):
             write,
             self.readout,
             self.norm,
-            output_hidden_states=output_hidden_states,
+            None,
+            history,
+            output_hidden_states,
             layer_idx=self.config.num_hidden_layers - 1,
             state_idx=2,
             **boundaries,
@@ -644,13 +664,17 @@ class DDLModel(DDLPreTrainedModel):
         if isinstance(attention_mask, dict):
             causal_mask, conv_mask = attention_mask["full_attention"], attention_mask.get("linear_attention")
         else:
-            causal_mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
+            is_plain = attention_mask is None and past_key_values is None and position_ids is None
+            # While compiling, `create_causal_mask` writes out even a plain causal mask, which bars sdpa's fast kernels
+            causal_mask = None
+            if not (is_plain and self.config._attn_implementation == "sdpa"):
+                causal_mask = create_causal_mask(
+                    config=self.config,
+                    inputs_embeds=inputs_embeds,
+                    attention_mask=attention_mask,
+                    past_key_values=past_key_values,
+                    position_ids=position_ids,
+                )
             batch_size, seq_length = inputs_embeds.shape[:2]
             if self.config.number_of_conv_states == 0:
                 pass

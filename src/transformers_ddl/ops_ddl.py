@@ -20,8 +20,16 @@ from torch import nn
 from transformers.utils.import_utils import is_triton_available
 
 
-if is_triton_available():
-    from .ops_triton_ddl import MAX_VALUE_CHANNELS, VALUE_ACTIVATIONS, boundary_op
+TRITON_AVAILABLE = is_triton_available()
+MAX_VALUE_CHANNELS = 8
+# Boundaries whose states the backward pass rebuilds for each one that is stored, at most 3; 0 stores all
+NUM_REPLAYS = int(os.environ.get("TRANSFORMERS_DDL_REPLAYS", "3"))
+
+
+def load_kernels():
+    """Imports Triton where there is a GPU to use it on, ahead of a compilation that could not."""
+    if TRITON_AVAILABLE and torch.cuda.is_available():
+        from .ops_triton_ddl import boundary_op  # noqa: F401
 
 
 def can_fuse(state: torch.Tensor, residual: nn.Module | None) -> bool:
@@ -32,7 +40,7 @@ def can_fuse(state: torch.Tensor, residual: nn.Module | None) -> bool:
     0 always takes the PyTorch path, 1 takes the kernels on a CPU too (Triton's interpreter).
     """
     kernels = os.environ.get("TRANSFORMERS_DDL_KERNELS", "auto")
-    if kernels == "0" or not is_triton_available() or not (state.is_cuda or kernels == "1"):
+    if kernels == "0" or not TRITON_AVAILABLE or not (state.is_cuda or kernels == "1"):
         return False
     if state.dtype not in (torch.float32, torch.bfloat16, torch.float16) or state.shape[2] > MAX_VALUE_CHANNELS:
         return False
@@ -51,39 +59,55 @@ def fused_boundary(
     norm: nn.Module,
     residual: nn.Module | None,
     key_eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    history: list[torch.Tensor],
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """
     The boundary between two sublayers in one kernel: `delta_rewrite`, compression by `mixing` `[n, hidden_size]` (None for
     n = 1), RMSNorm and the heads of `residual` (None at the readout, which needs no new state either).
 
+    The backward pass needs the state, which is not kept for it at every boundary: `history` holds an earlier state and
+    what has been written since, from which it is rebuilt. It is extended here, and begun anew when it is full.
+
     Returns:
         The new state (None at the readout), the context, the target and the gate, shaped as `DDLDeltaResidual` says.
     """
+    from .ops_triton_ddl import VALUE_ACTIVATIONS, boundary_op
+
     batch_shape = state.shape[:2]
     value_proj = getattr(residual, "value_proj", None)
-    new_state, context, new_target, new_gate, *_ = boundary_op(
-        state.flatten(0, 1),
-        None if direction is None else direction.flatten(0, 1),
-        None if direction is None else target.flatten(0, 1),
-        None if direction is None else gate.flatten(),
+    state, *write = [
+        None if tensor is None else tensor.flatten(0, 1).contiguous() for tensor in (state, direction, target, gate)
+    ]
+    if not history or len(history) > 1 + 3 * NUM_REPLAYS:
+        history[:] = [state]
+    snapshot, *replays = history
+    new_state, context, new_target, new_gate, _, written, inv_key_norm, _ = boundary_op(
+        state,
+        *write,
         mixing,
         norm.weight,
         None if value_proj is None else value_proj.weight,
         None if value_proj is None else value_proj.bias,
         None if residual is None else residual.beta_proj.weight.squeeze(0),
         None if residual is None else residual.beta_proj.bias,
-        state.flatten(0, 1),
-        [],
-        [],
-        [],
+        snapshot.detach(),
+        [replay.detach() for replay in replays],
         key_eps,
         norm.variance_epsilon,
         1.0 if residual is None else float(residual.config.value_scale),
-        2 if residual is None else VALUE_ACTIVATIONS[residual.config.value_activation],
+        VALUE_ACTIVATIONS["constant" if residual is None else residual.config.value_activation],
         residual is not None and residual.config.value_input == "context",
     )
     context = context.unflatten(0, batch_shape)
     if residual is None:
         return None, context, None, None
-    new_state = state if direction is None else new_state.unflatten(0, batch_shape)
-    return new_state, context, new_target.unflatten(0, batch_shape), new_gate.unflatten(0, batch_shape)
+    if direction is None:
+        new_state = state
+    else:
+        history.extend([write[0], inv_key_norm, written])
+    return (
+        new_state.unflatten(0, batch_shape),
+        context,
+        new_target.unflatten(0, batch_shape),
+        new_gate.unflatten(0, batch_shape),
+    )

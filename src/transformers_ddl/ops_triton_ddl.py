@@ -22,34 +22,58 @@ Notation of the kernels, per token (d the hidden size, n the number of value cha
     beginning one.
 """
 
+import re
+
 import torch
-import triton
-import triton.language as tl
+from transformers.utils.import_utils import is_triton_available
 
 
-# The n channels of a token are a tuple of `[BLOCK_D]` tensors, and what there is per channel a tuple of scalars: all
-# tensors then share one layout over threads, and sums over channels need no communication.
+# Always true here. Transformers refuses to load remote code with an import that is missing, unless under such a condition
+if is_triton_available():
+    import triton
+    import triton.language as tl
+
+# Remote code lies in a package of its own: an operator of the same name would replace this one without a word
+NAMESPACE = re.sub(r"\W", "_", __package__)
+
+
+# A vector over the hidden size is a tuple of NUM_BLOCKS tensors `[BLOCK_D]` (no padding to a power of two), n of them the
+# concatenation of their tuples, and what there is per channel a tuple of scalars. All tensors thus share one layout over
+# threads, and sums over channels need no communication.
 
 
 @triton.jit
-def load_channels(ptr, channel_stride, features, in_d, N: tl.constexpr):
+def load_vectors(ptr, stride, COUNT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    features = tl.arange(0, BLOCK_D)
     values = ()
-    for j in tl.static_range(N):
-        values = values + (tl.load(ptr + j * channel_stride + features, mask=in_d, other=0.0).to(tl.float32),)
+    for j in tl.static_range(COUNT):
+        for b in tl.static_range(NUM_BLOCKS):
+            block_ptr = ptr + j * stride + b * BLOCK_D + features
+            if D % BLOCK_D == 0:
+                values = values + (tl.load(block_ptr),)
+            else:
+                values = values + (tl.load(block_ptr, mask=b * BLOCK_D + features < D, other=0.0),)
     return values
 
 
 @triton.jit
-def store_channels(ptr, values, features, in_d, D: tl.constexpr, N: tl.constexpr):
-    for j in tl.static_range(N):
-        tl.store(ptr + j * D + features, values[j].to(ptr.dtype.element_ty), mask=in_d)
+def store_vectors(ptr, values, COUNT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    features = tl.arange(0, BLOCK_D)
+    for j in tl.static_range(COUNT):
+        for b in tl.static_range(NUM_BLOCKS):
+            block_ptr = ptr + j * D + b * BLOCK_D + features
+            value = values[j * NUM_BLOCKS + b].to(ptr.dtype.element_ty)
+            if D % BLOCK_D == 0:
+                tl.store(block_ptr, value)
+            else:
+                tl.store(block_ptr, value, mask=b * BLOCK_D + features < D)
 
 
 @triton.jit
 def load_scalars(ptr, N: tl.constexpr):
     values = ()
     for j in tl.static_range(N):
-        values = values + (tl.load(ptr + j).to(tl.float32),)
+        values = values + (tl.load(ptr + j),)
     return values
 
 
@@ -60,37 +84,81 @@ def store_scalars(ptr, values, N: tl.constexpr):
 
 
 @triton.jit
-def add_scaled(values, factors, vector, N: tl.constexpr):
-    """`values[j] + factors[j] · vector` for every channel j, the factors being scalars or vectors."""
+def to_float32(values, LENGTH: tl.constexpr):
     results = ()
-    for j in tl.static_range(N):
-        results = results + (values[j] + factors[j] * vector,)
+    for i in tl.static_range(LENGTH):
+        results = results + (values[i].to(tl.float32),)
     return results
 
 
 @triton.jit
-def scale(scalars, factor, N: tl.constexpr):
-    results = ()
-    for j in tl.static_range(N):
-        results = results + (factor * scalars[j],)
-    return results
-
-
-@triton.jit
-def zeros(BLOCK_D: tl.constexpr, N: tl.constexpr):
+def zeros(LENGTH: tl.constexpr, BLOCK_D: tl.constexpr):
     values = ()
-    for j in tl.static_range(N):
+    for i in tl.static_range(LENGTH):
         values = values + (tl.zeros([BLOCK_D], tl.float32),)
     return values
 
 
 @triton.jit
-def sum_over_channels(weights, values, N: tl.constexpr):
-    """`Σ_j weights[j] · values[j]`."""
-    total = weights[0] * values[0]
-    for j in tl.static_range(1, N):
-        total += weights[j] * values[j]
-    return total
+def scale(values, factor, LENGTH: tl.constexpr):
+    results = ()
+    for i in tl.static_range(LENGTH):
+        results = results + (factor * values[i],)
+    return results
+
+
+@triton.jit
+def multiply(values, vector, COUNT: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """`values[j] ∘ vector` for each of COUNT vectors."""
+    results = ()
+    for j in tl.static_range(COUNT):
+        for b in tl.static_range(NUM_BLOCKS):
+            results = results + (values[j * NUM_BLOCKS + b] * vector[b],)
+    return results
+
+
+@triton.jit
+def add_multiples(values, scalars, vector, COUNT: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """`values[j] + scalars[j] · vector` for each of COUNT vectors."""
+    results = ()
+    for j in tl.static_range(COUNT):
+        for b in tl.static_range(NUM_BLOCKS):
+            results = results + (values[j * NUM_BLOCKS + b] + scalars[j] * vector[b],)
+    return results
+
+
+@triton.jit
+def add_products(values, left, vector, COUNT: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """`values[j] + left[j] ∘ vector` for each of COUNT vectors."""
+    results = ()
+    for j in tl.static_range(COUNT):
+        for b in tl.static_range(NUM_BLOCKS):
+            results = results + (values[j * NUM_BLOCKS + b] + left[j * NUM_BLOCKS + b] * vector[b],)
+    return results
+
+
+@triton.jit
+def sum_of_multiples(scalars, values, COUNT: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """`Σ_j scalars[j] · values[j]`."""
+    results = ()
+    for b in tl.static_range(NUM_BLOCKS):
+        total = scalars[0] * values[b]
+        for j in tl.static_range(1, COUNT):
+            total += scalars[j] * values[j * NUM_BLOCKS + b]
+        results = results + (total,)
+    return results
+
+
+@triton.jit
+def sum_of_products(left, values, COUNT: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """`Σ_j left[j] ∘ values[j]`."""
+    results = ()
+    for b in tl.static_range(NUM_BLOCKS):
+        total = left[b] * values[b]
+        for j in tl.static_range(1, COUNT):
+            total += left[j * NUM_BLOCKS + b] * values[j * NUM_BLOCKS + b]
+        results = results + (total,)
+    return results
 
 
 @triton.jit
@@ -104,15 +172,21 @@ def add_4(a0, a1, a2, a3, b0, b1, b2, b3):
 
 
 @triton.jit
-def sum_over_features(values, NUM: tl.constexpr):
-    """Sums of NUM vectors, in as few exchanges between threads as possible."""
+def sums_over_features(values, COUNT: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """The sums of COUNT vectors, in as few exchanges between threads as possible."""
+    totals = ()
+    for j in tl.static_range(COUNT):
+        total = values[j * NUM_BLOCKS]
+        for b in tl.static_range(1, NUM_BLOCKS):
+            total += values[j * NUM_BLOCKS + b]
+        totals = totals + (total,)
     sums = ()
-    for i in tl.static_range(NUM // 4):
-        sums = sums + tl.reduce((values[4 * i], values[4 * i + 1], values[4 * i + 2], values[4 * i + 3]), 0, add_4)
-    if NUM % 4 >= 2:
-        sums = sums + tl.reduce((values[NUM // 4 * 4], values[NUM // 4 * 4 + 1]), 0, add_2)
-    if NUM % 2 == 1:
-        sums = sums + (tl.sum(values[NUM - 1], 0),)
+    for i in tl.static_range(COUNT // 4):
+        sums = sums + tl.reduce((totals[4 * i], totals[4 * i + 1], totals[4 * i + 2], totals[4 * i + 3]), 0, add_4)
+    if COUNT % 4 >= 2:
+        sums = sums + tl.reduce((totals[COUNT // 4 * 4], totals[COUNT // 4 * 4 + 1]), 0, add_2)
+    if COUNT % 2 == 1:
+        sums = sums + (tl.sum(totals[COUNT - 1], 0),)
     return sums
 
 
@@ -145,6 +219,7 @@ def boundary_forward_kernel(
     D: tl.constexpr,
     N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
     HAS_WRITE: tl.constexpr,
     STORE_STATE: tl.constexpr,
     HAS_MIXING: tl.constexpr,
@@ -153,52 +228,56 @@ def boundary_forward_kernel(
     VALUE_FROM_CONTEXT: tl.constexpr,
     VALUE_ACTIVATION: tl.constexpr,  # 0 identity, 1 sigmoid, 2 constant
 ):
-    features = tl.arange(0, BLOCK_D)
-    in_d = features < D
-
-    # An int64 start makes offsets int64, which large batches need
+    # An int64 index makes offsets int64
     for token in range(tl.program_id(0).to(tl.int64), num_tokens, tl.num_programs(0)):
-        state = load_channels(state_ptr + token * state_token_stride, state_channel_stride, features, in_d, N)
-
+        state = to_float32(
+            load_vectors(state_ptr + token * state_token_stride, state_channel_stride, N, D, BLOCK_D, NUM_BLOCKS),
+            N * NUM_BLOCKS,
+        )
         if HAS_WRITE:
-            direction = tl.load(direction_ptr + token * D + features, mask=in_d, other=0.0).to(tl.float32)
+            direction = to_float32(load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS), NUM_BLOCKS)
             target = load_scalars(target_ptr + token * N, N)
             gate = tl.load(gate_ptr + token)
-            sums = sum_over_features(scale(state, direction, N) + (direction * direction,), N + 1)
+            terms = multiply(state, direction, N, NUM_BLOCKS) + multiply(direction, direction, 1, NUM_BLOCKS)
+            sums = sums_over_features(terms, N + 1, NUM_BLOCKS)
             inv_key_norm = 1.0 / tl.sqrt(sums[N] + key_eps * key_eps)
-            key = direction * inv_key_norm
+            key = scale(direction, inv_key_norm, NUM_BLOCKS)
             error = ()  # r = v − Xᵀk
             for j in tl.static_range(N):
                 error = error + (target[j] - sums[j] * inv_key_norm,)
             write = scale(error, gate, N)
-            state = add_scaled(state, write, key, N)
+            state = add_multiples(state, write, key, N, NUM_BLOCKS)
             if STORE_STATE:
-                store_channels(new_state_ptr + token * (N * D), state, features, in_d, D, N)
+                store_vectors(new_state_ptr + token * (N * D), state, N, D, BLOCK_D, NUM_BLOCKS)
             store_scalars(error_ptr + token * N, error, N)
             store_scalars(write_ptr + token * N, write, N)
             tl.store(inv_key_norm_ptr + token, inv_key_norm)
 
+        norm_weight = to_float32(load_vectors(norm_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS), NUM_BLOCKS)
         if HAS_MIXING:
-            hidden = sum_over_channels(state, load_channels(mixing_ptr, D, features, in_d, N), N)
-        else:
-            hidden = state[0]
-        # c = x · rstd ∘ g, so that the maps of c can be summed before rstd is known
-        unscaled_context = hidden * tl.load(norm_weight_ptr + features, mask=in_d, other=0.0).to(tl.float32)
-        terms = (hidden * hidden,)
+            mixing = load_vectors(mixing_ptr, D, N, D, BLOCK_D, NUM_BLOCKS)
         if HAS_HEADS:
-            gate_weight = tl.load(gate_weight_ptr + features, mask=in_d, other=0.0).to(tl.float32)
-            terms = terms + (unscaled_context * gate_weight,)
+            gate_weight = to_float32(load_vectors(gate_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS), NUM_BLOCKS)
+            gate_bias = tl.load(gate_bias_ptr).to(tl.float32)
+            if VALUE_ACTIVATION != 2:
+                value_weight = to_float32(load_vectors(value_weight_ptr, D, N, D, BLOCK_D, NUM_BLOCKS), N * NUM_BLOCKS)
+
+        hidden = sum_of_products(state, mixing, N, NUM_BLOCKS) if HAS_MIXING else state
+        # c = x · rstd ∘ g, so that the maps of c can be summed before rstd is known
+        unscaled_context = multiply(hidden, norm_weight, 1, NUM_BLOCKS)
+        terms = multiply(hidden, hidden, 1, NUM_BLOCKS)
+        if HAS_HEADS:
+            terms = terms + multiply(unscaled_context, gate_weight, 1, NUM_BLOCKS)
             if VALUE_ACTIVATION != 2:
                 source = unscaled_context if VALUE_FROM_CONTEXT else hidden
-                terms = terms + scale(load_channels(value_weight_ptr, D, features, in_d, N), source, N)
-        sums = sum_over_features(terms, 1 if not HAS_HEADS else (2 if VALUE_ACTIVATION == 2 else 2 + N))
+                terms = terms + multiply(value_weight, source, N, NUM_BLOCKS)
+        sums = sums_over_features(terms, 1 if not HAS_HEADS else (2 if VALUE_ACTIVATION == 2 else 2 + N), NUM_BLOCKS)
         rstd = 1.0 / tl.sqrt(sums[0] / D + norm_eps)
-        context = unscaled_context * rstd
-        tl.store(context_ptr + token * D + features, context.to(context_ptr.dtype.element_ty), mask=in_d)
+        store_vectors(context_ptr + token * D, scale(unscaled_context, rstd, NUM_BLOCKS), 1, D, BLOCK_D, NUM_BLOCKS)
         tl.store(rstd_ptr + token, rstd)
 
         if HAS_HEADS:
-            gate_logit = sums[1] * rstd + tl.load(gate_bias_ptr).to(tl.float32)
+            gate_logit = sums[1] * rstd + gate_bias
             tl.store(new_gate_ptr + token, 2.0 * tl.sigmoid(gate_logit))
             if VALUE_ACTIVATION != 2:
                 for j in tl.static_range(N):
@@ -251,6 +330,7 @@ def boundary_backward_kernel(
     D: tl.constexpr,
     N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
     NUM_REPLAYS: tl.constexpr,
     HAS_GRAD_STATE: tl.constexpr,
     HAS_WRITE: tl.constexpr,
@@ -259,142 +339,178 @@ def boundary_backward_kernel(
     VALUE_FROM_CONTEXT: tl.constexpr,
     VALUE_ACTIVATION: tl.constexpr,
 ):
-    features = tl.arange(0, BLOCK_D)
-    in_d = features < D
-    program = tl.program_id(0).to(tl.int64)
-
-    sum_mixing = zeros(BLOCK_D, N)
-    sum_value_weight = zeros(BLOCK_D, N)
-    sum_norm_weight = tl.zeros([BLOCK_D], tl.float32)
-    sum_gate_weight = tl.zeros([BLOCK_D], tl.float32)
+    sum_mixing = zeros(N * NUM_BLOCKS, BLOCK_D)
+    sum_value_weight = zeros(N * NUM_BLOCKS, BLOCK_D)
+    sum_norm_weight = zeros(NUM_BLOCKS, BLOCK_D)
+    sum_gate_weight = zeros(NUM_BLOCKS, BLOCK_D)
     sum_value_bias = ()
     for j in tl.static_range(N):
         sum_value_bias = sum_value_bias + (0.0,)
     sum_gate_bias = 0.0
 
+    program = tl.program_id(0).to(tl.int64)
+    # The inputs of the next token are loaded while one is computed
+    next_state = load_vectors(
+        snapshot_ptr + program * snapshot_token_stride, snapshot_channel_stride, N, D, BLOCK_D, NUM_BLOCKS
+    )
+    next_grad_context = load_vectors(grad_context_ptr + program * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+    if HAS_GRAD_STATE:
+        next_grad_state = load_vectors(grad_new_state_ptr + program * (N * D), D, N, D, BLOCK_D, NUM_BLOCKS)
+    if HAS_WRITE:
+        next_direction = load_vectors(direction_ptr + program * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
     for token in range(program, num_tokens, tl.num_programs(0)):
+        following = tl.minimum(token + tl.num_programs(0), num_tokens - 1)
+        # Read from the cache for every token: registers are for the sums
+        norm_weight = to_float32(load_vectors(norm_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS), NUM_BLOCKS)
+        if HAS_MIXING:
+            mixing = load_vectors(mixing_ptr, D, N, D, BLOCK_D, NUM_BLOCKS)
+        if HAS_HEADS:
+            gate_weight = to_float32(load_vectors(gate_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS), NUM_BLOCKS)
+            if VALUE_ACTIVATION != 2:
+                value_weight = to_float32(load_vectors(value_weight_ptr, D, N, D, BLOCK_D, NUM_BLOCKS), N * NUM_BLOCKS)
+
         # The state before the write, rebuilt from the snapshot: X + Σ k wᵀ
-        state = load_channels(snapshot_ptr + token * snapshot_token_stride, snapshot_channel_stride, features, in_d, N)
-        grad_context = tl.load(grad_context_ptr + token * D + features, mask=in_d, other=0.0).to(tl.float32)
+        state = to_float32(next_state, N * NUM_BLOCKS)
+        next_state = load_vectors(
+            snapshot_ptr + following * snapshot_token_stride, snapshot_channel_stride, N, D, BLOCK_D, NUM_BLOCKS
+        )
+        grad_context = to_float32(next_grad_context, NUM_BLOCKS)
+        next_grad_context = load_vectors(grad_context_ptr + following * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+        rstd = tl.load(rstd_ptr + token)
         if HAS_GRAD_STATE:
-            grad_state = load_channels(grad_new_state_ptr + token * (N * D), D, features, in_d, N)
+            grad_state = to_float32(next_grad_state, N * NUM_BLOCKS)
+            next_grad_state = load_vectors(grad_new_state_ptr + following * (N * D), D, N, D, BLOCK_D, NUM_BLOCKS)
         else:
-            grad_state = zeros(BLOCK_D, N)
+            grad_state = zeros(N * NUM_BLOCKS, BLOCK_D)
         if NUM_REPLAYS > 0:
-            key = tl.load(replay0_direction_ptr + token * D + features, mask=in_d, other=0.0).to(tl.float32)
-            key *= tl.load(replay0_inv_key_norm_ptr + token)
-            state = add_scaled(state, load_scalars(replay0_write_ptr + token * N, N), key, N)
+            key = to_float32(load_vectors(replay0_direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS), NUM_BLOCKS)
+            write = scale(load_scalars(replay0_write_ptr + token * N, N), tl.load(replay0_inv_key_norm_ptr + token), N)
+            state = add_multiples(state, write, key, N, NUM_BLOCKS)
         if NUM_REPLAYS > 1:
-            key = tl.load(replay1_direction_ptr + token * D + features, mask=in_d, other=0.0).to(tl.float32)
-            key *= tl.load(replay1_inv_key_norm_ptr + token)
-            state = add_scaled(state, load_scalars(replay1_write_ptr + token * N, N), key, N)
+            key = to_float32(load_vectors(replay1_direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS), NUM_BLOCKS)
+            write = scale(load_scalars(replay1_write_ptr + token * N, N), tl.load(replay1_inv_key_norm_ptr + token), N)
+            state = add_multiples(state, write, key, N, NUM_BLOCKS)
         if NUM_REPLAYS > 2:
-            key = tl.load(replay2_direction_ptr + token * D + features, mask=in_d, other=0.0).to(tl.float32)
-            key *= tl.load(replay2_inv_key_norm_ptr + token)
-            state = add_scaled(state, load_scalars(replay2_write_ptr + token * N, N), key, N)
+            key = to_float32(load_vectors(replay2_direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS), NUM_BLOCKS)
+            write = scale(load_scalars(replay2_write_ptr + token * N, N), tl.load(replay2_inv_key_norm_ptr + token), N)
+            state = add_multiples(state, write, key, N, NUM_BLOCKS)
         new_state = state
         if HAS_WRITE:
             inv_key_norm = tl.load(inv_key_norm_ptr + token)
-            key = tl.load(direction_ptr + token * D + features, mask=in_d, other=0.0).to(tl.float32) * inv_key_norm
+            key = scale(to_float32(next_direction, NUM_BLOCKS), inv_key_norm, NUM_BLOCKS)
+            next_direction = load_vectors(direction_ptr + following * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
             gate = tl.load(gate_ptr + token)
             error = load_scalars(error_ptr + token * N, N)
-            new_state = add_scaled(state, scale(error, gate, N), key, N)
+            target = load_scalars(target_ptr + token * N, N)
+            new_state = add_multiples(state, scale(error, gate, N), key, N, NUM_BLOCKS)
 
         # Gate and target → context and hidden
-        if HAS_MIXING:
-            mixing = load_channels(mixing_ptr, D, features, in_d, N)
-            hidden = sum_over_channels(new_state, mixing, N)
-        else:
-            hidden = new_state[0]
-        norm_weight = tl.load(norm_weight_ptr + features, mask=in_d, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + token)
-        normed = hidden * rstd
-        grad_hidden = tl.zeros([BLOCK_D], tl.float32)
+        hidden = sum_of_products(new_state, mixing, N, NUM_BLOCKS) if HAS_MIXING else new_state
+        normed = scale(hidden, rstd, NUM_BLOCKS)
+        grad_hidden = zeros(NUM_BLOCKS, BLOCK_D)
         if HAS_HEADS:
             new_gate = tl.load(new_gate_ptr + token)
             grad_logit = tl.load(grad_new_gate_ptr + token) * new_gate * (1.0 - 0.5 * new_gate)  # β = 2σ
-            grad_context += grad_logit * tl.load(gate_weight_ptr + features, mask=in_d, other=0.0).to(tl.float32)
-            sum_gate_weight += grad_logit * normed * norm_weight
+            context = multiply(normed, norm_weight, 1, NUM_BLOCKS)
+            grad_context = add_multiples(grad_context, (grad_logit,), gate_weight, 1, NUM_BLOCKS)
+            sum_gate_weight = add_multiples(sum_gate_weight, (grad_logit,), context, 1, NUM_BLOCKS)
             sum_gate_bias += grad_logit
             if VALUE_ACTIVATION != 2:
-                grad_value = ()
+                grad_value = load_scalars(grad_new_target_ptr + token * N, N)
+                slopes = ()
                 for j in tl.static_range(N):
-                    grad = tl.load(grad_new_target_ptr + token * N + j)
-                    if VALUE_ACTIVATION == 1:
+                    if VALUE_ACTIVATION == 1:  # v = scale · σ
                         value = tl.load(new_target_ptr + token * N + j)
-                        grad_value = grad_value + (grad * value * (1.0 - value / value_scale),)  # v = scale · σ
+                        slopes = slopes + (grad_value[j] * value * (1.0 - value / value_scale),)
                     else:
-                        grad_value = grad_value + (grad * value_scale,)
-                value_weight = load_channels(value_weight_ptr, D, features, in_d, N)
+                        slopes = slopes + (grad_value[j] * value_scale,)
+                grad_value = slopes
+                grad_source = sum_of_multiples(grad_value, value_weight, N, NUM_BLOCKS)
                 if VALUE_FROM_CONTEXT:
-                    grad_context += sum_over_channels(grad_value, value_weight, N)
-                    sum_value_weight = add_scaled(sum_value_weight, grad_value, normed * norm_weight, N)
+                    grad_context = add_multiples(grad_context, (1.0,), grad_source, 1, NUM_BLOCKS)
+                    sum_value_weight = add_multiples(sum_value_weight, grad_value, context, N, NUM_BLOCKS)
                 else:
-                    grad_hidden += sum_over_channels(grad_value, value_weight, N)
-                    sum_value_weight = add_scaled(sum_value_weight, grad_value, hidden, N)
-                sum_value_bias = add_scaled(sum_value_bias, grad_value, 1.0, N)
+                    grad_hidden = grad_source
+                    sum_value_weight = add_multiples(sum_value_weight, grad_value, hidden, N, NUM_BLOCKS)
+                total = ()
+                for j in tl.static_range(N):
+                    total = total + (sum_value_bias[j] + grad_value[j],)
+                sum_value_bias = total
 
         # RMSNorm and compressor → state
-        sum_norm_weight += grad_context * normed
-        grad_normed = grad_context * norm_weight
-        grad_hidden += rstd * (grad_normed - normed * (tl.sum(grad_normed * normed, 0) / D))
+        grad_normed = multiply(grad_context, norm_weight, 1, NUM_BLOCKS)
+        mean = sums_over_features(multiply(grad_normed, normed, 1, NUM_BLOCKS), 1, NUM_BLOCKS)[0] / D
+        sum_norm_weight = add_products(sum_norm_weight, grad_context, normed, 1, NUM_BLOCKS)
+        grad_hidden = add_multiples(grad_hidden, (rstd,), grad_normed, 1, NUM_BLOCKS)
+        grad_hidden = add_multiples(grad_hidden, (-rstd * mean,), normed, 1, NUM_BLOCKS)
         if HAS_MIXING:
-            sum_mixing = add_scaled(sum_mixing, new_state, grad_hidden, N)
-            grad_state = add_scaled(grad_state, mixing, grad_hidden, N)
+            sum_mixing = add_products(sum_mixing, new_state, grad_hidden, N, NUM_BLOCKS)
+            grad_state = add_products(grad_state, mixing, grad_hidden, N, NUM_BLOCKS)
         else:
-            grad_state = (grad_state[0] + grad_hidden,)
+            grad_state = add_multiples(grad_state, (1.0,), grad_hidden, 1, NUM_BLOCKS)
 
         # Delta rewrite (spec §5): ∂v = βp, ∂β = p·r, ∂k = β(Gr − Xp), ∂k̃ = (∂k − k(k·∂k)) / ‖k̃‖, ∂X = G − βkpᵀ
         if HAS_WRITE:
-            projected = sum_over_features(scale(grad_state, key, N), N)  # p = Gᵀk
+            projected = sums_over_features(multiply(grad_state, key, N, NUM_BLOCKS), N, NUM_BLOCKS)  # p = Gᵀk
             grad_gate = 0.0
             along_key = 0.0
             for j in tl.static_range(N):
-                readout = tl.load(target_ptr + token * N + j) - error[j]
+                readout = target[j] - error[j]
                 grad_gate += projected[j] * error[j]
                 along_key += projected[j] * (error[j] - readout)
-            grad_key = sum_over_channels(error, grad_state, N) - sum_over_channels(projected, state, N)
-            grad_direction = gate * inv_key_norm * (grad_key - along_key * key)
-            grad_state = add_scaled(grad_state, scale(projected, -gate, N), key, N)
-            tl.store(
-                grad_direction_ptr + token * D + features,
-                grad_direction.to(grad_direction_ptr.dtype.element_ty),
-                mask=in_d,
-            )
+            factor = gate * inv_key_norm
+            grad_direction = sum_of_multiples(scale(error, factor, N), grad_state, N, NUM_BLOCKS)
+            to_state = sum_of_multiples(scale(projected, -factor, N), state, N, NUM_BLOCKS)
+            grad_direction = add_multiples(grad_direction, (1.0,), to_state, 1, NUM_BLOCKS)
+            grad_direction = add_multiples(grad_direction, (-factor * along_key,), key, 1, NUM_BLOCKS)
+            store_vectors(grad_direction_ptr + token * D, grad_direction, 1, D, BLOCK_D, NUM_BLOCKS)
             store_scalars(grad_target_ptr + token * N, scale(projected, gate, N), N)
             tl.store(grad_gate_ptr + token, grad_gate)
-        store_channels(grad_state_ptr + token * (N * D), grad_state, features, in_d, D, N)
+            grad_state = add_multiples(grad_state, scale(projected, -gate, N), key, N, NUM_BLOCKS)
+        store_vectors(grad_state_ptr + token * (N * D), grad_state, N, D, BLOCK_D, NUM_BLOCKS)
 
     rows_ptr = grad_rows_ptr + program * (2 * N + 2) * D
-    store_channels(rows_ptr, sum_mixing, features, in_d, D, N)
-    store_channels(rows_ptr + N * D, sum_value_weight, features, in_d, D, N)
-    tl.store(rows_ptr + 2 * N * D + features, sum_norm_weight, mask=in_d)
-    tl.store(rows_ptr + (2 * N + 1) * D + features, sum_gate_weight, mask=in_d)
+    store_vectors(rows_ptr, sum_mixing, N, D, BLOCK_D, NUM_BLOCKS)
+    store_vectors(rows_ptr + N * D, sum_value_weight, N, D, BLOCK_D, NUM_BLOCKS)
+    store_vectors(rows_ptr + 2 * N * D, sum_norm_weight, 1, D, BLOCK_D, NUM_BLOCKS)
+    store_vectors(rows_ptr + (2 * N + 1) * D, sum_gate_weight, 1, D, BLOCK_D, NUM_BLOCKS)
     store_scalars(grad_biases_ptr + program * (N + 1), sum_value_bias, N)
     tl.store(grad_biases_ptr + program * (N + 1) + N, sum_gate_bias)
 
 
-MAX_VALUE_CHANNELS = 8
+MAX_REPLAYS = 3
 VALUE_ACTIVATIONS = {None: 0, "sigmoid": 1, "constant": 2}
-# Programs that stay on a streaming multiprocessor and walk through the tokens, and warps of each
-FORWARD_PROGRAMS_PER_SM, FORWARD_WARPS = 8, 4
-BACKWARD_PROGRAMS_PER_SM, BACKWARD_WARPS = 2, 8
 
 
-def launch_options(tensor: torch.Tensor, num_tokens: int, programs_per_sm: int, num_warps: int):
-    if tensor.device.type == "cuda":
-        programs = torch.cuda.get_device_properties(tensor.device).multi_processor_count * programs_per_sm
-    else:  # Triton's interpreter
-        programs = 3
-    return (max(1, min(programs, num_tokens)),), {"num_warps": num_warps}
+def launch_options(state: torch.Tensor, backward: bool) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and compile-time sizes for `state` `[tokens, n, d]`, as measured best on an H200 (`benchmarks/NOTES.md`)."""
+    num_tokens, n, d = state.shape
+    if backward:
+        # Few programs, as each keeps the sums of 2n + 2 parameter gradients in registers: at most 80 of a thread
+        num_warps, programs_per_sm = max(4, triton.next_power_of_2((2 * n + 2) * d // 2560)), 2 if n > 2 else 3
+    else:
+        num_warps, programs_per_sm = max(2, triton.next_power_of_2(triton.cdiv(n * d, 1536))), 32
+    # Triton's interpreter has no multiprocessors
+    sms = torch.cuda.get_device_properties(state.device).multi_processor_count if state.is_cuda else 1
+    # The largest block that wastes least
+    block_d = min((512, 256, 128), key=lambda block: (triton.cdiv(d, block) * block, -block))
+    sizes = {
+        "D": d,
+        "N": n,
+        "BLOCK_D": block_d,
+        "NUM_BLOCKS": triton.cdiv(d, block_d),
+        "num_warps": min(num_warps, 32),
+    }
+    return (min(sms * programs_per_sm, num_tokens),), sizes
 
 
-def blocks(state: torch.Tensor) -> dict[str, int]:
-    n, d = state.shape[1:]
-    return {"D": d, "N": n, "BLOCK_D": triton.next_power_of_2(d)}
+# Every operation takes tokens in one dimension: state `[tokens, n, d]`, direction and context `[tokens, d]`, target
+# `[tokens, n]`, gate `[tokens]`. `direction`, `target` and `gate` are None where there is no write before, and the maps of
+# gate and value where no sublayer begins (at the readout, which needs no new state either). The backward pass rebuilds
+# the state from `snapshot`, an earlier state, and `replays`, (direction, 1/‖k̃‖, write) of the writes since.
 
 
-@torch.library.custom_op("transformers_ddl::boundary", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::boundary", mutates_args=())
 def boundary_op(
     state: torch.Tensor,
     direction: torch.Tensor | None,
@@ -407,65 +523,59 @@ def boundary_op(
     gate_weight: torch.Tensor | None,
     gate_bias: torch.Tensor | None,
     snapshot: torch.Tensor,
-    replay_directions: list[torch.Tensor],
-    replay_inv_key_norms: list[torch.Tensor],
-    replay_writes: list[torch.Tensor],
+    replays: list[torch.Tensor],
     key_eps: float,
     norm_eps: float,
     value_scale: float,
     value_activation: int,
     value_from_context: bool,
 ) -> list[torch.Tensor]:
-    num_tokens, n, d = state.shape
-    has_write, has_heads = direction is not None, gate_weight is not None
-    outputs = boundary_fake(
-        state, direction, target, gate, mixing, norm_weight, value_weight, value_bias, gate_weight, gate_bias,
-        snapshot, replay_directions, replay_inv_key_norms, replay_writes,
-        key_eps, norm_eps, value_scale, value_activation, value_from_context,
-    )  # fmt: skip
-    if has_heads and value_activation == 2:
-        outputs[2].fill_(value_scale)
+    """Returns new state, context, new target, new gate and, for the backward pass, r, βr, 1/‖k̃‖ and 1/rms."""
+    outputs = boundary_outputs(state, direction, gate_weight)
     new_state, context, new_target, new_gate, error, write, inv_key_norm, rstd = outputs
-    grid, options = launch_options(state, num_tokens, FORWARD_PROGRAMS_PER_SM, FORWARD_WARPS)
-    boundary_forward_kernel[grid](
-        state, direction, target, gate, mixing, norm_weight, value_weight, value_bias, gate_weight, gate_bias,
-        new_state, context, new_target, new_gate, error, write, inv_key_norm, rstd,
-        num_tokens, state.stride(0), state.stride(1), key_eps, norm_eps, value_scale,
-        HAS_WRITE=has_write, STORE_STATE=has_heads, HAS_MIXING=mixing is not None, HAS_HEADS=has_heads,
-        HAS_VALUE_BIAS=value_bias is not None, VALUE_FROM_CONTEXT=value_from_context,
-        VALUE_ACTIVATION=value_activation, **blocks(state), **options,
-    )  # fmt: skip
+    if value_activation == VALUE_ACTIVATIONS["constant"]:
+        new_target.fill_(value_scale)
+    if state.shape[0] > 0:
+        grid, sizes = launch_options(state, backward=False)
+        boundary_forward_kernel[grid](
+            state, direction, target, gate,
+            mixing, norm_weight, value_weight, value_bias, gate_weight, gate_bias,
+            new_state, context, new_target, new_gate, error, write, inv_key_norm, rstd,
+            state.shape[0], state.stride(0), state.stride(1), key_eps, norm_eps, value_scale,
+            HAS_WRITE=direction is not None, STORE_STATE=gate_weight is not None, HAS_MIXING=mixing is not None,
+            HAS_HEADS=gate_weight is not None, HAS_VALUE_BIAS=value_bias is not None,
+            VALUE_FROM_CONTEXT=value_from_context, VALUE_ACTIVATION=value_activation, **sizes,
+        )  # fmt: skip
     return outputs
 
 
-@boundary_op.register_fake
-def boundary_fake(
-    state, direction, target, gate, mixing, norm_weight, value_weight, value_bias, gate_weight, gate_bias,
-    snapshot, replay_directions, replay_inv_key_norms, replay_writes,
-    key_eps, norm_eps, value_scale, value_activation, value_from_context,
-):  # fmt: skip
+def boundary_outputs(
+    state: torch.Tensor, direction: torch.Tensor | None, gate_weight: torch.Tensor | None
+) -> list[torch.Tensor]:
     num_tokens, n, d = state.shape
-    write_tokens = num_tokens if direction is not None else 0
-    heads_tokens = num_tokens if gate_weight is not None else 0
-    new_state_tokens = num_tokens if direction is not None and gate_weight is not None else 0
+    num_writes = 0 if direction is None else num_tokens
+    num_heads = 0 if gate_weight is None else num_tokens
     return [
-        state.new_empty(new_state_tokens, n, d),
+        state.new_empty(min(num_writes, num_heads), n, d),
         state.new_empty(num_tokens, d),
-        state.new_empty(heads_tokens, n, dtype=torch.float32),
-        state.new_empty(heads_tokens, dtype=torch.float32),
-        state.new_empty(write_tokens, n, dtype=torch.float32),
-        state.new_empty(write_tokens, n, dtype=torch.float32),
-        state.new_empty(write_tokens, dtype=torch.float32),
+        state.new_empty(num_heads, n, dtype=torch.float32),
+        state.new_empty(num_heads, dtype=torch.float32),
+        state.new_empty(num_writes, n, dtype=torch.float32),
+        state.new_empty(num_writes, n, dtype=torch.float32),
+        state.new_empty(num_writes, dtype=torch.float32),
         state.new_empty(num_tokens, dtype=torch.float32),
     ]
 
 
-@torch.library.custom_op("transformers_ddl::boundary_backward", mutates_args=())
+@boundary_op.register_fake
+def _(state, direction, target, gate, mixing, norm_weight, value_weight, value_bias, gate_weight, *args):
+    return boundary_outputs(state, direction, gate_weight)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::boundary_backward", mutates_args=())
 def boundary_backward_op(
     snapshot: torch.Tensor,
-    replay_directions: list[torch.Tensor],
-    replay_inv_key_norms: list[torch.Tensor],
-    replay_writes: list[torch.Tensor],
+    replays: list[torch.Tensor],
     direction: torch.Tensor | None,
     target: torch.Tensor | None,
     gate: torch.Tensor | None,
@@ -475,9 +585,9 @@ def boundary_backward_op(
     norm_weight: torch.Tensor,
     value_weight: torch.Tensor | None,
     gate_weight: torch.Tensor | None,
-    rstd: torch.Tensor,
     new_target: torch.Tensor,
     new_gate: torch.Tensor,
+    rstd: torch.Tensor,
     grad_new_state: torch.Tensor | None,
     grad_context: torch.Tensor,
     grad_new_target: torch.Tensor | None,
@@ -486,34 +596,35 @@ def boundary_backward_op(
     value_activation: int,
     value_from_context: bool,
 ) -> list[torch.Tensor]:
+    """
+    Returns the gradients of state, direction, target and gate, then in float32 those of mixing, value map, norm weight
+    and gate map as the rows of `[2n + 2, d]` and of value and gate bias as `[n + 1]`.
+    """
     num_tokens, n, d = snapshot.shape
-    grid, options = launch_options(snapshot, num_tokens, BACKWARD_PROGRAMS_PER_SM, BACKWARD_WARPS)
-    grad_state = torch.empty_like(snapshot, memory_format=torch.contiguous_format)
-    grad_direction, grad_target, grad_gate = [
-        snapshot.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in (direction, target, gate)
-    ]
-    grad_rows = snapshot.new_empty(grid[0], 2 * n + 2, d, dtype=torch.float32)
-    grad_biases = snapshot.new_empty(grid[0], n + 1, dtype=torch.float32)
-    replays = list(zip(replay_directions, replay_inv_key_norms, replay_writes))
-    replay_args = [tensor for replay in replays for tensor in replay] + [None] * (9 - 3 * len(replays))
+    outputs = boundary_backward_outputs(snapshot, direction, target, gate)
+    if num_tokens == 0:
+        return [output.zero_() for output in outputs]
+    grid, sizes = launch_options(snapshot, backward=True)
+    grad_rows = snapshot.new_empty(*grid, 2 * n + 2, d, dtype=torch.float32)
+    grad_biases = snapshot.new_empty(*grid, n + 1, dtype=torch.float32)
     boundary_backward_kernel[grid](
-        snapshot, *replay_args, direction, target, gate, error, inv_key_norm,
+        snapshot, *replays, *[None] * (3 * MAX_REPLAYS - len(replays)), direction, target, gate, error, inv_key_norm,
         mixing, norm_weight, value_weight, gate_weight, rstd, new_target, new_gate,
-        grad_new_state, grad_context, grad_new_target, grad_new_gate,
-        grad_state, grad_direction, grad_target, grad_gate, grad_rows, grad_biases,
+        grad_new_state, grad_context, grad_new_target, grad_new_gate, *outputs[:4], grad_rows, grad_biases,
         num_tokens, snapshot.stride(0), snapshot.stride(1), value_scale,
-        NUM_REPLAYS=len(replays), HAS_GRAD_STATE=grad_new_state is not None, HAS_WRITE=direction is not None,
-        HAS_MIXING=mixing is not None, HAS_HEADS=gate_weight is not None, VALUE_FROM_CONTEXT=value_from_context,
-        VALUE_ACTIVATION=value_activation, **blocks(snapshot), **options,
+        NUM_REPLAYS=len(replays) // 3, HAS_GRAD_STATE=grad_new_state is not None, HAS_WRITE=direction is not None,
+        HAS_MIXING=mixing is not None, HAS_HEADS=gate_weight is not None,
+        VALUE_FROM_CONTEXT=value_from_context, VALUE_ACTIVATION=value_activation, **sizes,
     )  # fmt: skip
-    return [grad_state, grad_direction, grad_target, grad_gate, grad_rows.sum(0), grad_biases.sum(0)]
+    return [*outputs[:4], grad_rows.sum(0), grad_biases.sum(0)]
 
 
-@boundary_backward_op.register_fake
-def _(snapshot, replay_directions, replay_inv_key_norms, replay_writes, direction, target, gate, *args):
+def boundary_backward_outputs(
+    snapshot: torch.Tensor, direction: torch.Tensor | None, target: torch.Tensor | None, gate: torch.Tensor | None
+) -> list[torch.Tensor]:
     num_tokens, n, d = snapshot.shape
     return [
-        torch.empty_like(snapshot, memory_format=torch.contiguous_format),
+        snapshot.new_empty(num_tokens, n, d),
         *(
             snapshot.new_empty(0) if tensor is None else torch.empty_like(tensor)
             for tensor in (direction, target, gate)
@@ -523,85 +634,59 @@ def _(snapshot, replay_directions, replay_inv_key_norms, replay_writes, directio
     ]
 
 
+@boundary_backward_op.register_fake
+def _(snapshot, replays, direction, target, gate, *args):
+    return boundary_backward_outputs(snapshot, direction, target, gate)
+
+
 def setup_context(ctx, inputs, output):
     (
         state, direction, target, gate, mixing, norm_weight, value_weight, value_bias, gate_weight, gate_bias,
-        snapshot, replay_directions, replay_inv_key_norms, replay_writes,
-        key_eps, norm_eps, value_scale, value_activation, value_from_context,
+        snapshot, replays, key_eps, norm_eps, *ctx.value_options,
     ) = inputs  # fmt: skip
     new_state, context, new_target, new_gate, error, write, inv_key_norm, rstd = output
     ctx.mark_non_differentiable(error, write, inv_key_norm, rstd)
     ctx.set_materialize_grads(False)
-    ctx.num_replays = len(replay_directions)
-    ctx.value = (value_scale, value_activation, value_from_context)
-    ctx.dtypes = [
-        None if t is None else t.dtype for t in (mixing, norm_weight, value_weight, value_bias, gate_weight, gate_bias)
-    ]
+    ctx.num_replays = len(replays)
+    parameters = (mixing, value_weight, norm_weight, gate_weight, value_bias, gate_bias)
+    ctx.parameter_dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
     ctx.save_for_backward(
-        snapshot, *replay_directions, *replay_inv_key_norms, *replay_writes,
-        direction, target, gate, error, inv_key_norm, mixing, norm_weight, value_weight, gate_weight,
-        rstd, new_target, new_gate,
+        snapshot, *replays, direction, target, gate, error, inv_key_norm,
+        mixing, norm_weight, value_weight, gate_weight, new_target, new_gate, rstd,
     )  # fmt: skip
 
 
 def backward(ctx, grads):
     grad_new_state, grad_context, grad_new_target, grad_new_gate, *_ = grads
-    m = ctx.num_replays
-    snapshot, *rest = ctx.saved_tensors
-    replays = [list(rest[i * m : (i + 1) * m]) for i in range(3)]
-    (
-        direction,
-        target,
-        gate,
-        error,
-        inv_key_norm,
-        mixing,
-        norm_weight,
-        value_weight,
-        gate_weight,
-        rstd,
-        new_target,
-        new_gate,
-    ) = rest[3 * m :]
-    if grad_new_state is not None and grad_new_state.numel() == 0:
-        grad_new_state = None
-    grad_new_state, grad_new_target, grad_new_gate = [
-        g if g is None else g.contiguous() for g in (grad_new_state, grad_new_target, grad_new_gate)
-    ]
-    if gate_weight is not None:
-        grad_new_target = torch.zeros_like(new_target) if grad_new_target is None else grad_new_target
-        grad_new_gate = torch.zeros_like(new_gate) if grad_new_gate is None else grad_new_gate
+    snapshot, *saved = ctx.saved_tensors
+    replays, saved = saved[: ctx.num_replays], saved[ctx.num_replays :]
+    new_target, new_gate, _ = saved[-3:]
+    has_write, has_heads = saved[0] is not None, new_gate.shape[0] > 0
+    n = snapshot.shape[1]
+
+    # Gradients are None for outputs that nothing used
     if grad_context is None:
         grad_context = snapshot.new_zeros(snapshot.shape[0], snapshot.shape[2])
-    grad_state, grad_direction, grad_target, grad_gate, grad_rows, grad_biases = boundary_backward_op(
-        snapshot, *replays, direction, target, gate, error, inv_key_norm, mixing, norm_weight, value_weight,
-        gate_weight, rstd, new_target, new_gate, grad_new_state, grad_context.contiguous(), grad_new_target,
-        grad_new_gate, *ctx.value,
+    if has_heads:
+        grad_new_target = torch.zeros_like(new_target) if grad_new_target is None else grad_new_target.contiguous()
+        grad_new_gate = torch.zeros_like(new_gate) if grad_new_gate is None else grad_new_gate.contiguous()
+    if grad_new_state is not None:
+        grad_new_state = grad_new_state.contiguous() if has_write and has_heads else None
+
+    *grad_inputs, rows, biases = boundary_backward_op(
+        snapshot, replays, *saved, grad_new_state, grad_context.contiguous(), grad_new_target, grad_new_gate,
+        *ctx.value_options,
     )  # fmt: skip
-    n = snapshot.shape[1]
-    parameters = [
-        grad_rows[:n],
-        grad_rows[2 * n],
-        grad_rows[n : 2 * n],
-        grad_biases[:n],
-        grad_rows[2 * n + 1],
-        grad_biases[n:],
+    if not has_write:
+        grad_inputs[1:] = [None, None, None]
+    parameter_grads = [rows[:n], rows[n : 2 * n], rows[2 * n], rows[2 * n + 1], biases[:n], biases[n:]]
+    grad_mixing, grad_value_weight, grad_norm_weight, grad_gate_weight, grad_value_bias, grad_gate_bias = [
+        None if dtype is None else grad.to(dtype) for grad, dtype in zip(parameter_grads, ctx.parameter_dtypes)
     ]
-    parameters = [None if dtype is None else grad.to(dtype) for grad, dtype in zip(parameters, ctx.dtypes)]
-    if direction is None:
-        grad_direction = grad_target = grad_gate = None
     return (
-        grad_state,
-        grad_direction,
-        grad_target,
-        grad_gate,
-        *parameters,
-        None,
-        [None] * m,
-        [None] * m,
-        [None] * m,
-        *[None] * 5,
-    )
+        *grad_inputs, grad_mixing, grad_norm_weight, grad_value_weight, grad_value_bias, grad_gate_weight, grad_gate_bias,
+        None, [None] * ctx.num_replays, None, None, None, None, None,
+    )  # fmt: skip
 
 
 boundary_op.register_autograd(backward, setup_context=setup_context)

@@ -131,6 +131,11 @@ class DDLConfig(LlamaConfig):
     """
 
     model_type = "ddl"
+    base_model_tp_plan = LlamaConfig.base_model_tp_plan | {
+        # A process sees the gradients of its own heads only
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+    }
 
     vocab_size: int = 50304
     hidden_size: int = 768
@@ -223,8 +228,8 @@ class DDLConfig(LlamaConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """
-        Also saves the code, for `trust_remote_code`. Transformers can do so for registered classes (`custom_object_save`),
-        but mistakes the wrapper classes of FSDP2 for the model's code and leaves `AutoModel` out.
+        Also saves the code, `*_ddl.py`, for `trust_remote_code`. `register_for_auto_class` would not do: it takes the file
+        of a subclass or of an FSDP2 wrapper for the model's, and lets only the Auto class of the saved model load it.
         """
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)

@@ -50,9 +50,10 @@ def load_vectors(ptr, stride, COUNT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.
         for b in tl.static_range(NUM_BLOCKS):
             block_ptr = ptr + j * stride + b * BLOCK_D + features
             if D % BLOCK_D == 0:
-                values = values + (tl.load(block_ptr),)
+                values = values + (tl.load(block_ptr).to(tl.float32),)
             else:
-                values = values + (tl.load(block_ptr, mask=b * BLOCK_D + features < D, other=0.0),)
+                value = tl.load(block_ptr, mask=b * BLOCK_D + features < D, other=0.0)
+                values = values + (value.to(tl.float32),)
     return values
 
 
@@ -84,19 +85,19 @@ def store_scalars(ptr, values, N: tl.constexpr):
 
 
 @triton.jit
-def to_float32(values, LENGTH: tl.constexpr):
-    results = ()
-    for i in tl.static_range(LENGTH):
-        results = results + (values[i].to(tl.float32),)
-    return results
-
-
-@triton.jit
 def zeros(LENGTH: tl.constexpr, BLOCK_D: tl.constexpr):
     values = ()
     for i in tl.static_range(LENGTH):
         values = values + (tl.zeros([BLOCK_D], tl.float32),)
     return values
+
+
+@triton.jit
+def add(values, others, LENGTH: tl.constexpr):
+    results = ()
+    for i in tl.static_range(LENGTH):
+        results = results + (values[i] + others[i],)
+    return results
 
 
 @triton.jit
@@ -230,12 +231,9 @@ def boundary_forward_kernel(
 ):
     # An int64 index makes offsets int64
     for token in range(tl.program_id(0).to(tl.int64), num_tokens, tl.num_programs(0)):
-        state = to_float32(
-            load_vectors(state_ptr + token * state_token_stride, state_channel_stride, N, D, BLOCK_D, NUM_BLOCKS),
-            N * NUM_BLOCKS,
-        )
+        state = load_vectors(state_ptr + token * state_token_stride, state_channel_stride, N, D, BLOCK_D, NUM_BLOCKS)
         if HAS_WRITE:
-            direction = to_float32(load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS), NUM_BLOCKS)
+            direction = load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
             target = load_scalars(target_ptr + token * N, N)
             gate = tl.load(gate_ptr + token)
             terms = multiply(state, direction, N, NUM_BLOCKS) + multiply(direction, direction, 1, NUM_BLOCKS)
@@ -253,14 +251,14 @@ def boundary_forward_kernel(
             store_scalars(write_ptr + token * N, write, N)
             tl.store(inv_key_norm_ptr + token, inv_key_norm)
 
-        norm_weight = to_float32(load_vectors(norm_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS), NUM_BLOCKS)
+        norm_weight = load_vectors(norm_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS)
         if HAS_MIXING:
             mixing = load_vectors(mixing_ptr, D, N, D, BLOCK_D, NUM_BLOCKS)
         if HAS_HEADS:
-            gate_weight = to_float32(load_vectors(gate_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS), NUM_BLOCKS)
+            gate_weight = load_vectors(gate_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS)
             gate_bias = tl.load(gate_bias_ptr).to(tl.float32)
             if VALUE_ACTIVATION != 2:
-                value_weight = to_float32(load_vectors(value_weight_ptr, D, N, D, BLOCK_D, NUM_BLOCKS), N * NUM_BLOCKS)
+                value_weight = load_vectors(value_weight_ptr, D, N, D, BLOCK_D, NUM_BLOCKS)
 
         hidden = sum_of_products(state, mixing, N, NUM_BLOCKS) if HAS_MIXING else state
         # c = x · rstd ∘ g, so that the maps of c can be summed before rstd is known
@@ -287,6 +285,24 @@ def boundary_forward_kernel(
                     if VALUE_ACTIVATION == 1:
                         value = tl.sigmoid(value)
                     tl.store(new_target_ptr + token * N + j, value_scale * value)
+
+
+@triton.jit
+def replay(
+    state,
+    direction_ptr,
+    inv_key_norm_ptr,
+    write_ptr,
+    token,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+):
+    """`X + k wᵀ`."""
+    direction = load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+    write = scale(load_scalars(write_ptr + token * N, N), tl.load(inv_key_norm_ptr + token), N)
+    return add_multiples(state, write, direction, N, NUM_BLOCKS)
 
 
 @triton.jit
@@ -349,56 +365,68 @@ def boundary_backward_kernel(
     sum_gate_bias = 0.0
 
     program = tl.program_id(0).to(tl.int64)
-    # The inputs of the next token are loaded while one is computed
-    next_state = load_vectors(
-        snapshot_ptr + program * snapshot_token_stride, snapshot_channel_stride, N, D, BLOCK_D, NUM_BLOCKS
-    )
-    next_grad_context = load_vectors(grad_context_ptr + program * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
-    if HAS_GRAD_STATE:
-        next_grad_state = load_vectors(grad_new_state_ptr + program * (N * D), D, N, D, BLOCK_D, NUM_BLOCKS)
-    if HAS_WRITE:
-        next_direction = load_vectors(direction_ptr + program * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
     for token in range(program, num_tokens, tl.num_programs(0)):
-        following = tl.minimum(token + tl.num_programs(0), num_tokens - 1)
         # Read from the cache for every token: registers are for the sums
-        norm_weight = to_float32(load_vectors(norm_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS), NUM_BLOCKS)
+        norm_weight = load_vectors(norm_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS)
         if HAS_MIXING:
             mixing = load_vectors(mixing_ptr, D, N, D, BLOCK_D, NUM_BLOCKS)
         if HAS_HEADS:
-            gate_weight = to_float32(load_vectors(gate_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS), NUM_BLOCKS)
+            gate_weight = load_vectors(gate_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS)
             if VALUE_ACTIVATION != 2:
-                value_weight = to_float32(load_vectors(value_weight_ptr, D, N, D, BLOCK_D, NUM_BLOCKS), N * NUM_BLOCKS)
+                value_weight = load_vectors(value_weight_ptr, D, N, D, BLOCK_D, NUM_BLOCKS)
 
         # The state before the write, rebuilt from the snapshot: X + Σ k wᵀ
-        state = to_float32(next_state, N * NUM_BLOCKS)
-        next_state = load_vectors(
-            snapshot_ptr + following * snapshot_token_stride, snapshot_channel_stride, N, D, BLOCK_D, NUM_BLOCKS
+        state = load_vectors(
+            snapshot_ptr + token * snapshot_token_stride, snapshot_channel_stride, N, D, BLOCK_D, NUM_BLOCKS
         )
-        grad_context = to_float32(next_grad_context, NUM_BLOCKS)
-        next_grad_context = load_vectors(grad_context_ptr + following * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+        grad_context = load_vectors(grad_context_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
         rstd = tl.load(rstd_ptr + token)
         if HAS_GRAD_STATE:
-            grad_state = to_float32(next_grad_state, N * NUM_BLOCKS)
-            next_grad_state = load_vectors(grad_new_state_ptr + following * (N * D), D, N, D, BLOCK_D, NUM_BLOCKS)
+            grad_state = load_vectors(grad_new_state_ptr + token * (N * D), D, N, D, BLOCK_D, NUM_BLOCKS)
         else:
             grad_state = zeros(N * NUM_BLOCKS, BLOCK_D)
         if NUM_REPLAYS > 0:
-            key = to_float32(load_vectors(replay0_direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS), NUM_BLOCKS)
-            write = scale(load_scalars(replay0_write_ptr + token * N, N), tl.load(replay0_inv_key_norm_ptr + token), N)
-            state = add_multiples(state, write, key, N, NUM_BLOCKS)
+            state = replay(
+                state,
+                replay0_direction_ptr,
+                replay0_inv_key_norm_ptr,
+                replay0_write_ptr,
+                token,
+                N,
+                D,
+                BLOCK_D,
+                NUM_BLOCKS,
+            )
         if NUM_REPLAYS > 1:
-            key = to_float32(load_vectors(replay1_direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS), NUM_BLOCKS)
-            write = scale(load_scalars(replay1_write_ptr + token * N, N), tl.load(replay1_inv_key_norm_ptr + token), N)
-            state = add_multiples(state, write, key, N, NUM_BLOCKS)
+            state = replay(
+                state,
+                replay1_direction_ptr,
+                replay1_inv_key_norm_ptr,
+                replay1_write_ptr,
+                token,
+                N,
+                D,
+                BLOCK_D,
+                NUM_BLOCKS,
+            )
         if NUM_REPLAYS > 2:
-            key = to_float32(load_vectors(replay2_direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS), NUM_BLOCKS)
-            write = scale(load_scalars(replay2_write_ptr + token * N, N), tl.load(replay2_inv_key_norm_ptr + token), N)
-            state = add_multiples(state, write, key, N, NUM_BLOCKS)
+            state = replay(
+                state,
+                replay2_direction_ptr,
+                replay2_inv_key_norm_ptr,
+                replay2_write_ptr,
+                token,
+                N,
+                D,
+                BLOCK_D,
+                NUM_BLOCKS,
+            )
         new_state = state
         if HAS_WRITE:
             inv_key_norm = tl.load(inv_key_norm_ptr + token)
-            key = scale(to_float32(next_direction, NUM_BLOCKS), inv_key_norm, NUM_BLOCKS)
-            next_direction = load_vectors(direction_ptr + following * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+            key = scale(
+                load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS), inv_key_norm, NUM_BLOCKS
+            )
             gate = tl.load(gate_ptr + token)
             error = load_scalars(error_ptr + token * N, N)
             target = load_scalars(target_ptr + token * N, N)
@@ -416,26 +444,22 @@ def boundary_backward_kernel(
             sum_gate_weight = add_multiples(sum_gate_weight, (grad_logit,), context, 1, NUM_BLOCKS)
             sum_gate_bias += grad_logit
             if VALUE_ACTIVATION != 2:
-                grad_value = load_scalars(grad_new_target_ptr + token * N, N)
-                slopes = ()
+                grad_value = ()
                 for j in tl.static_range(N):
+                    grad = tl.load(grad_new_target_ptr + token * N + j)
                     if VALUE_ACTIVATION == 1:  # v = scale · σ
                         value = tl.load(new_target_ptr + token * N + j)
-                        slopes = slopes + (grad_value[j] * value * (1.0 - value / value_scale),)
+                        grad_value = grad_value + (grad * value * (1.0 - value / value_scale),)
                     else:
-                        slopes = slopes + (grad_value[j] * value_scale,)
-                grad_value = slopes
+                        grad_value = grad_value + (grad * value_scale,)
                 grad_source = sum_of_multiples(grad_value, value_weight, N, NUM_BLOCKS)
                 if VALUE_FROM_CONTEXT:
-                    grad_context = add_multiples(grad_context, (1.0,), grad_source, 1, NUM_BLOCKS)
+                    grad_context = add(grad_context, grad_source, NUM_BLOCKS)
                     sum_value_weight = add_multiples(sum_value_weight, grad_value, context, N, NUM_BLOCKS)
                 else:
                     grad_hidden = grad_source
                     sum_value_weight = add_multiples(sum_value_weight, grad_value, hidden, N, NUM_BLOCKS)
-                total = ()
-                for j in tl.static_range(N):
-                    total = total + (sum_value_bias[j] + grad_value[j],)
-                sum_value_bias = total
+                sum_value_bias = add(sum_value_bias, grad_value, N)
 
         # RMSNorm and compressor → state
         grad_normed = multiply(grad_context, norm_weight, 1, NUM_BLOCKS)
@@ -447,7 +471,7 @@ def boundary_backward_kernel(
             sum_mixing = add_products(sum_mixing, new_state, grad_hidden, N, NUM_BLOCKS)
             grad_state = add_products(grad_state, mixing, grad_hidden, N, NUM_BLOCKS)
         else:
-            grad_state = add_multiples(grad_state, (1.0,), grad_hidden, 1, NUM_BLOCKS)
+            grad_state = add(grad_state, grad_hidden, NUM_BLOCKS)
 
         # Delta rewrite (spec §5): ∂v = βp, ∂β = p·r, ∂k = β(Gr − Xp), ∂k̃ = (∂k − k(k·∂k)) / ‖k̃‖, ∂X = G − βkpᵀ
         if HAS_WRITE:
@@ -460,8 +484,8 @@ def boundary_backward_kernel(
                 along_key += projected[j] * (error[j] - readout)
             factor = gate * inv_key_norm
             grad_direction = sum_of_multiples(scale(error, factor, N), grad_state, N, NUM_BLOCKS)
-            to_state = sum_of_multiples(scale(projected, -factor, N), state, N, NUM_BLOCKS)
-            grad_direction = add_multiples(grad_direction, (1.0,), to_state, 1, NUM_BLOCKS)
+            read = sum_of_multiples(scale(projected, -factor, N), state, N, NUM_BLOCKS)
+            grad_direction = add(grad_direction, read, NUM_BLOCKS)
             grad_direction = add_multiples(grad_direction, (-factor * along_key,), key, 1, NUM_BLOCKS)
             store_vectors(grad_direction_ptr + token * D, grad_direction, 1, D, BLOCK_D, NUM_BLOCKS)
             store_scalars(grad_target_ptr + token * N, scale(projected, gate, N), N)
@@ -487,7 +511,7 @@ def launch_options(state: torch.Tensor, backward: bool) -> tuple[tuple[int], dic
     num_tokens, n, d = state.shape
     if backward:
         # Few programs, as each keeps the sums of 2n + 2 parameter gradients in registers: at most 80 of a thread
-        num_warps, programs_per_sm = max(4, triton.next_power_of_2((2 * n + 2) * d // 2560)), 2 if n > 2 else 3
+        num_warps, programs_per_sm = max(4, triton.next_power_of_2((2 * n + 2) * d // 2560)), 2 if n > 2 else 4
     else:
         num_warps, programs_per_sm = max(2, triton.next_power_of_2(triton.cdiv(n * d, 1536))), 32
     # Triton's interpreter has no multiprocessors

@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE = 1
 # else is running.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: quickstart test
+.PHONY: quickstart test conformance
 
 # Pretrains a small model on the Python standard library, then samples from it in a new process.
 quickstart: .venv/installed
@@ -25,3 +25,7 @@ test: .venv/installed
 	.venv/bin/python -m pip install -c constraints.txt torch
 	.venv/bin/python -m pip install -c constraints.txt -e '.[train,triton,test]'
 	touch $@
+
+# Runs transformers' own model tests, which are downloaded, against DDL and Llama: half an hour on two cores.
+conformance: .venv/installed
+	.venv/bin/python tests/conformance/run.py

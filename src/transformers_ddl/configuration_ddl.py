@@ -131,11 +131,6 @@ class DDLConfig(LlamaConfig):
     """
 
     model_type = "ddl"
-    base_model_tp_plan = LlamaConfig.base_model_tp_plan | {
-        # A process sees the gradients of its own heads only
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-    }
 
     vocab_size: int = 50304
     hidden_size: int = 768
@@ -190,6 +185,11 @@ class DDLConfig(LlamaConfig):
                 self.embedding_conv = True
             if self.embedding_conv and self.embedding_conv_kernel_size is None:
                 self.embedding_conv_kernel_size = 4
+
+        if self.qk_norm is not None:
+            # The norms are applied to every head alike, and a process has some of the heads
+            norms = ("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm")
+            self.base_model_tp_plan = self.base_model_tp_plan | dict.fromkeys(norms, "replicated_with_grad_allreduce")
 
         if self.value_scale is None:
             self.value_scale = {"sigmoid": 4.0, "constant": 2.0, None: 1.0}[self.value_activation]

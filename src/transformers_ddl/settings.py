@@ -1,0 +1,196 @@
+# Copyright 2026 The transformers_ddl team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+The settings of a run: a YAML file and command-line overrides, checked before any data is read or anything written.
+
+The YAML has a section per concern, `data` ([`DataArguments`]), `tokenizer` ([`TokenizerArguments`]), `model`
+([`DDLConfig`]) and `training` ([`~transformers.TrainingArguments`]), whose fields are those classes' own.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypedDict, get_args, get_type_hints
+
+import yaml
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
+from transformers import TrainingArguments
+
+from .configuration_ddl import DDLConfig
+from .data import DataArguments, InputError
+
+
+@dataclass
+class TokenizerArguments:
+    """
+    The byte-level BPE tokenizer that is trained on the training documents.
+
+    Args:
+        vocab_size (`int`): Number of tokens, at least 258: 256 bytes and 2 special tokens.
+    """
+
+    vocab_size: int
+
+    def __post_init__(self):
+        if self.vocab_size < 258:
+            raise ValueError(f"vocab_size must be at least 258, got {self.vocab_size}")
+
+
+SECTIONS = {"data": DataArguments, "tokenizer": TokenizerArguments, "model": DDLConfig, "training": TrainingArguments}
+REQUIRED_FIELDS = {"data": "source", "tokenizer": "vocab_size", "training": "output_dir"}
+# Fields that would have no effect, or contradict what the pretraining does, and who decides instead.
+RESERVED_FIELDS = {
+    "data": {},
+    "tokenizer": {},
+    "model": dict.fromkeys(
+        ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"), "the tokenizer (tokenizer.vocab_size)"
+    ),
+    "training": dict.fromkeys(
+        (
+            "batch_eval_metrics",
+            "do_eval",
+            "do_predict",
+            "do_train",
+            "eval_do_concat_batches",
+            "include_num_input_tokens_seen",
+            "prediction_loss_only",
+            "resume_from_checkpoint",
+        ),
+        "the pretraining",
+    ),
+}
+
+Settings = dict[str, dict[str, Any]]  # section: field: value
+
+
+class YamlLoader(yaml.SafeLoader):
+    """Reads `1e-3` as a number and `no` as a string, as YAML 1.2 does; PyYAML follows YAML 1.1, which does neither."""
+
+
+YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+YamlLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), "tTfF")
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), "-+.0123456789"
+)
+
+
+def read_settings(path: str | Path, overrides: list[str]) -> Settings:
+    """
+    Reads a YAML file and sets the fields named by `overrides`, `["--section.field", "value", ...]` or
+    `["--section.field=value", ...]`, whose values are YAML too.
+
+    Raises:
+        `InputError`: if the file cannot be read, is not made of sections, or an override is not of that form.
+    """
+    try:
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), YamlLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read {str(path)!r}: {error}") from error
+    if not isinstance(settings, dict) or not all(isinstance(values, dict) for values in settings.values()):
+        raise InputError(f"{str(path)!r} has fields outside sections; allowed: the sections {', '.join(SECTIONS)}")
+
+    overrides = iter(overrides)
+    for argument in overrides:
+        name, equals, value = argument.partition("=")
+        if not re.fullmatch(r"--\w+(\.\w+)+", name):
+            raise InputError(f"unknown argument {argument!r}; allowed: --section.field value")
+        if not equals:
+            value = next(overrides, "--")
+            if value.startswith("--"):
+                raise InputError(f"{name} has no value; allowed: --section.field value")
+        *parents, field = name.removeprefix("--").split(".")
+        values = settings
+        for parent in parents:
+            values = values.setdefault(parent, {})
+            if not isinstance(values, dict):
+                raise InputError(f"{name}: {parent} is {values!r} and has no fields")
+        try:
+            values[field] = yaml.load(value, YamlLoader)
+        except yaml.YAMLError as error:
+            raise InputError(f"{name}: {value!r} is not YAML: {error}") from error
+    return settings
+
+
+@dataclass
+class Run:
+    """A run's settings as objects, and as they were given."""
+
+    data: DataArguments
+    tokenizer: TokenizerArguments
+    model: DDLConfig
+    training: TrainingArguments
+    settings: Settings
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "Run":
+        """
+        Checks settings.
+
+        Raises:
+            `InputError`: for an unknown section or field, a missing field, a wrong type or a value that is not allowed.
+        """
+        for section in settings:
+            if section not in SECTIONS:
+                raise InputError(f"{section}: unknown section; allowed: {', '.join(SECTIONS)}")
+        sections = {}
+        for section, section_class in SECTIONS.items():
+            values = settings.get(section, {})
+            for name in values:
+                if decider := RESERVED_FIELDS[section].get(name):
+                    raise InputError(f"{section}.{name}: cannot be set, {decider} decides it")
+            if section_class is not DDLConfig:  # which checks its fields itself
+                _check_fields(section, values)
+            with blaming(section):
+                sections[section] = section_class(**values)
+        block_size = sections["model"].max_position_embeddings
+        if block_size < 2:
+            raise InputError(
+                f"model.max_position_embeddings: {block_size} leaves no token to predict; allowed: at least 2"
+            )
+        return cls(**sections, settings=settings)
+
+
+def _check_fields(section: str, values: dict[str, Any]):
+    """Checks the names and types of fields; unlike `@strict`, an int may stand for a float."""
+    names = [field.name for field in fields(SECTIONS[section]) if field.init]
+    hints = get_type_hints(SECTIONS[section])
+    for name, value in values.items():
+        if name not in names:
+            closest = difflib.get_close_matches(str(name), names, n=4, cutoff=0)
+            raise InputError(f"{section}.{name}: unknown field; allowed, among others: {', '.join(closest)}")
+        hint = hints[name]
+        accepted = hint | int if float in (hint, *get_args(hint)) else hint
+        try:
+            validate_typed_dict(TypedDict(section, {name: accepted}), {name: value})
+        except StrictDataclassFieldValidationError as error:
+            allowed = hint.__name__ if isinstance(hint, type) else hint
+            raise InputError(f"{section}.{name}: {value!r} has the wrong type; allowed: {allowed}") from error
+    if REQUIRED_FIELDS[section] not in values:
+        raise InputError(f"{section}.{REQUIRED_FIELDS[section]}: missing; every run must say it")
+
+
+@contextmanager
+def blaming(section: str) -> Iterator[None]:
+    """Turns what a class raises about the values of a section into an `InputError` that names the section."""
+    try:
+        yield
+    except (ImportError, OSError, StrictDataclassError, TypeError, ValueError) as error:
+        raise InputError(f"{section}: {error}") from error

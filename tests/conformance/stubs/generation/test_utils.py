@@ -1,0 +1,5 @@
+"""Left out of the source distribution."""
+
+
+class GenerationTesterMixin:
+    pass

@@ -1,0 +1,269 @@
+# Copyright 2026 The transformers_ddl team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From sources of text to blocks: nothing lost, nothing leaked, always the same."""
+
+import json
+import math
+
+import datasets
+import numpy as np
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from transformers_ddl import data
+from transformers_ddl.data import DataArguments, InputError, pack, read_corpus, train_tokenizer
+
+
+AWKWARD_TEXT = "  two\t\r\n<|endoftext|> <|pad|>\x00 naïve 中文 😀\u200d\n\n"
+
+
+@pytest.fixture(autouse=True)
+def datasets_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["the cat sat on the mat, the dog sat on the log"] * 3, vocab_size=270)
+
+
+def sentences(count):
+    return [f"This is sentence number {i}." for i in range(count)]
+
+
+def all_texts(corpus):
+    return [*corpus.train["text"], *corpus.held_out["text"]]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ---- Sources ----
+
+
+def test_text_file_is_split_at_blank_lines(tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("\n".join(f"{text}\nIts second line.\n\n" for text in sentences(30)))
+    corpus = read_corpus(DataArguments(str(file)))
+    assert sorted(all_texts(corpus)) == sorted(f"{text}\nIts second line." for text in sentences(30))
+    assert not corpus.skipped
+
+
+def test_text_file_without_blank_lines_is_split_at_lines(tmp_path):
+    file = tmp_path / "lines.txt"
+    file.write_text("\n".join(sentences(30)) + "\n")
+    assert sorted(all_texts(read_corpus(DataArguments(str(file))))) == sorted(sentences(30))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_table_column(tmp_path, suffix):
+    file = tmp_path / f"rows{suffix}"
+    rows = [{"body": text, "text": "not this column"} for text in [*sentences(30), None, " \n"]]
+    if suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(file)
+    else:
+        write_jsonl(file, rows)
+    corpus = read_corpus(DataArguments(str(file), text_column="body"))
+    assert sorted(all_texts(corpus)) == sorted(sentences(30))
+    assert corpus.skipped == {"without text": 1, "empty": 1}
+    assert str(corpus).startswith("32 documents read, 2 skipped (1 empty, 1 without text), ")
+
+
+def test_folder_of_every_kind_of_file(tmp_path):
+    texts = sentences(40)
+    (tmp_path / "deeper").mkdir()
+    for i, text in enumerate(texts[:10]):
+        (tmp_path / "deeper" / f"{i}.md").write_text(f"{text}\n\nOne document.")
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts[10:20]])
+    write_jsonl(tmp_path / "b.jsonl", [{"text": text} for text in texts[20:30]])
+    Dataset.from_dict({"text": texts[30:]}).to_parquet(tmp_path / "c.parquet")
+    (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / ".hidden").write_text("not looked at")
+
+    corpus = read_corpus(DataArguments(str(tmp_path)))
+    assert sorted(all_texts(corpus)) == sorted([f"{text}\n\nOne document." for text in texts[:10]] + texts[10:])
+    assert corpus.skipped == {"not UTF-8": 1, "empty": 1}
+
+
+def test_stdlib(tmp_path, monkeypatch):
+    for name in ("os.py", "json/decoder.py", "site-packages/pip/main.py", "test/test_os.py", "asyncio/__init__.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"# {name}")
+    (tmp_path / "LICENSE.txt").write_text("not a source")
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    corpus = read_corpus(DataArguments("stdlib"))
+    assert sorted(all_texts(corpus)) == ["# asyncio/__init__.py", "# json/decoder.py", "# os.py"]
+
+
+def test_hub_dataset(monkeypatch):
+    calls = []
+
+    def load_dataset(path, split, streaming=False, **options):
+        calls.append((path, split, options))
+        rows = Dataset.from_dict({"text": sentences(30)})
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(data, "load_dataset", load_dataset)
+    corpus = read_corpus(DataArguments("owner/corpus-v1.1", subset="small"))
+    assert sorted(all_texts(corpus)) == sorted(sentences(30))
+    assert calls == [("owner/corpus-v1.1", "train", {"name": "small"})] * 2
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("missing.txt", "no file or folder 'missing.txt'; allowed: 'stdlib', a file, a folder"),
+        ("no/such/folder", "no file or folder 'no/such/folder'"),
+        ("owner/dataset", "cannot read 'owner/dataset'"),
+    ],
+)
+def test_missing_source(tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        read_corpus(DataArguments(source))
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("empty.txt", b"", r"0 for training, 0 held out"),
+        ("empty.jsonl", b"", r"1 skipped \(1 empty\), 0 for training, 0 held out"),
+        ("blank.txt", b" \n\n \n", r"0 for training, 0 held out"),
+        ("single.txt", b"only one document", r"0 for training, 1 held out"),
+        ("copies.txt", b"the same\n" * 50, r"0 for training, 50 held out"),
+        ("latin.txt", "déjà vu".encode("latin-1"), r"1 skipped \(1 not UTF-8\)"),
+        ("column.jsonl", b'{"body": "a", "id": 1}\n', "data.text_column: .* no column 'text'; allowed: body, id"),
+        (
+            "number.jsonl",
+            b'{"text": 1}\n{"text": 2}\n',
+            "data.text_column: .* holds int64; allowed: a column of strings",
+        ),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": oops\n', "data.source: cannot read .*broken.jsonl"),
+        ("broken.parquet", b"not parquet", "data.source: cannot read .*broken.parquet"),
+    ],
+)
+def test_unusable_file(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        read_corpus(DataArguments(str(tmp_path / name)))
+
+
+def test_empty_parquet(tmp_path):
+    Dataset.from_dict({"text": []}).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(InputError, match="0 documents read"):
+        read_corpus(DataArguments(str(tmp_path / "empty.parquet")))
+
+
+# ---- Held-out split ----
+
+
+def test_split_is_disjoint_complete_and_of_the_share_asked_for(tmp_path):
+    file = tmp_path / "lines.txt"
+    file.write_text("\n".join(sentences(2000)))
+    corpus = read_corpus(DataArguments(str(file), held_out=0.1))
+    train, held_out = set(corpus.train["text"]), set(corpus.held_out["text"])
+    assert not train & held_out
+    assert train | held_out == set(sentences(2000))
+    assert 150 < len(held_out) < 250  # 200 ± 3.7 standard deviations
+
+
+def test_split_depends_on_the_text_alone(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in sentences(200)])
+    write_jsonl(tmp_path / "b.jsonl", [{"text": text} for text in sentences(250)[::-1] * 2])
+    a, b = (read_corpus(DataArguments(str(tmp_path / name), held_out=0.2)) for name in ("a.jsonl", "b.jsonl"))
+    assert len(set(b.held_out["text"])) * 2 == len(b.held_out)
+    assert set(a.held_out["text"]) == set(b.held_out["text"]) & set(sentences(200))
+
+
+def test_one_document_is_held_out_of_few(tmp_path):
+    file = tmp_path / "lines.txt"
+    file.write_text("\n".join(sentences(3)))
+    corpus = read_corpus(DataArguments(str(file), held_out=1e-6))
+    assert (len(corpus.train), len(corpus.held_out)) == (2, 1)
+
+
+# ---- Tokenizer ----
+
+
+def test_tokenizer_loses_nothing_and_survives_saving(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    for each in (tokenizer, reloaded):
+        ids = each(AWKWARD_TEXT, split_special_tokens=True)["input_ids"]
+        assert ids[0] == each.bos_token_id == each.eos_token_id != each.pad_token_id
+        assert not {each.bos_token_id, each.pad_token_id} & {*ids[1:]}
+        assert each.decode(ids[1:]) == AWKWARD_TEXT
+    assert reloaded.get_vocab() == tokenizer.get_vocab()
+
+
+def test_tokenizer_learns_merges_and_always_the_same(tokenizer):
+    texts = sentences(200)
+    first, second = (train_tokenizer(texts, vocab_size=300) for _ in range(2))
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+    assert len(first) == 300
+    assert len(first(" sentence number")["input_ids"]) < len(tokenizer(" sentence number")["input_ids"])
+
+
+# ---- Packing ----
+
+
+@pytest.mark.parametrize("block_size", [2, 5, 16, 500])
+def test_every_token_is_predicted_exactly_once(tokenizer, block_size):
+    texts = [*sentences(7), AWKWARD_TEXT]
+    packed = pack(Dataset.from_dict({"text": texts}), tokenizer, block_size)
+
+    end = tokenizer.eos_token_id
+    expected = []
+    for text in texts:
+        expected += [*tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"], end]
+    predicted, previous = [], end
+    for block in packed.blocks:
+        input_ids, labels = block["input_ids"].tolist(), block["labels"].tolist()
+        assert len(input_ids) == len(labels) == block_size
+        assert input_ids[0] == previous and labels[0] == -100
+        targets = [label for label in labels if label != -100]
+        assert input_ids[1 : 1 + len(targets)] == labels[1 : 1 + len(targets)] == targets
+        assert set(input_ids[1 + len(targets) :]) <= {tokenizer.pad_token_id}
+        predicted += targets
+        previous = input_ids[-1]
+    assert predicted == expected
+    assert packed.num_tokens == len(expected)
+
+
+def test_bytes_and_entropy(tokenizer):
+    texts = ["aab", "é", "ab"]  # a, b and the two bytes of é
+    packed = pack(Dataset.from_dict({"text": texts}), tokenizer, block_size=8)
+    assert packed.num_bytes == 7
+    expected = -sum(count / 7 * math.log2(count / 7) for count in (3, 2, 1, 1))
+    assert packed.unigram_entropy == pytest.approx(expected, rel=1e-12)
+
+
+def test_bits_per_byte_of_a_uniform_guess(tokenizer):
+    """256 equally likely tokens of one byte each cost 8 bits per byte, and the ends of documents as much again."""
+    packed = pack(Dataset.from_dict({"text": ["qz", "xj"]}), tokenizer, block_size=8)
+    assert packed.num_tokens == 6
+    assert packed.bits_per_byte(math.log(256)) == pytest.approx(8 * 6 / 4, rel=1e-12)
+
+
+def test_blocks_feed_a_model(tokenizer):
+    packed = pack(Dataset.from_dict({"text": sentences(9)}), tokenizer, block_size=8)
+    batch = packed.blocks[:3]
+    assert {name: (tuple(value.shape), str(value.dtype)) for name, value in batch.items()} == {
+        "input_ids": ((3, 8), "torch.int64"),
+        "labels": ((3, 8), "torch.int64"),
+    }
+    assert np.array_equal(batch["input_ids"][0, 1:], batch["labels"][0, 1:])

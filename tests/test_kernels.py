@@ -1,0 +1,196 @@
+"""
+The fused kernels against the PyTorch path, which `test_reference.py` holds to the specification. On a CPU they run in
+Triton's interpreter, on a GPU compiled.
+"""
+
+import copy
+import re
+
+import pytest
+import torch
+from conftest import randomise, tiny_config
+
+from transformers_ddl import DDLForCausalLM
+from transformers_ddl.modeling_ddl import delta_rewrite
+
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+VARIANTS = {
+    "scalar": {"num_value_channels": 1},
+    "channel": {"num_value_channels": 4},
+    "channel-without-ec": {"num_value_channels": 5, "embedding_conv": False},
+    "two-channels-short-kernel": {"num_value_channels": 2, "compressor_kernel_size": 1},
+    "three-channels-own-compressors": {"num_value_channels": 3, "share_compressor": False},
+    "eight-channels": {"num_value_channels": 8},
+    "linear-value-of-context": {"value_activation": None, "value_input": "context", "value_bias": False},
+    "constant-value": {"value_activation": "constant"},
+    "scalar-linear-value": {"num_value_channels": 1, "value_activation": None},
+}
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "1")
+
+
+def run(model, tokens, monkeypatch, kernels):
+    """Logits and gradients, all parameters' and the input embeddings', of a loss with random cotangents."""
+    monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", kernels)
+    embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    logits = model(inputs_embeds=embeddings, use_cache=False).logits
+    generator = torch.Generator().manual_seed(1)
+    cotangent = torch.randn(logits.shape, generator=generator).to(logits)
+    model.zero_grad()
+    (logits * cotangent).sum().backward()
+    results = {"logits": [logits], "embeddings": [embeddings.grad]}
+    # The same parameter of all layers and sublayers together: the gradient of a single bias can be a sum that cancels
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            kind = re.sub(r"layers\.\d+\.|attn_|mlp_(?=residual|compressor)", "", name)
+            results.setdefault(kind, []).append(parameter.grad)
+    return {kind: torch.cat([value.detach().flatten() for value in values]) for kind, values in results.items()}
+
+
+def relative_error(value, reference):
+    return ((value.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+def test_model_with_kernels_is_as_exact_as_without(options, dtype, monkeypatch):
+    """
+    Against the float64 model, the kernels' error in outputs and gradients is at most twice that of the PyTorch path
+    in the same dtype; the floor covers sums that come out exact by chance in one of them.
+    """
+    torch.manual_seed(0)
+    # Seven boundaries: the backward pass rebuilds states from a snapshot and up to three writes, and takes a second one
+    config = tiny_config(num_hidden_layers=3, **options)
+    model = randomise(DDLForCausalLM(config)).to(DEVICE)
+    tokens = torch.randint(0, config.vocab_size, (1, 4), device=DEVICE)
+    exact = run(copy.deepcopy(model).double(), tokens, monkeypatch, "0")
+    plain = run(copy.deepcopy(model).to(dtype), tokens, monkeypatch, "0")
+    fused = run(copy.deepcopy(model).to(dtype), tokens, monkeypatch, "1")
+    assert fused.keys() == plain.keys() == exact.keys()
+    floor = 30 * torch.finfo(dtype).eps
+    for name, reference in exact.items():
+        error, plain_error = relative_error(fused[name], reference), relative_error(plain[name], reference)
+        assert error <= 2 * plain_error + floor, f"{name}: {error:.2e}, without kernels {plain_error:.2e}"
+
+
+def boundary(state, direction, target, gate, dtype):
+    """A boundary of one channel per feature mixing, and its gradients, of the kernel or, in float64, of PyTorch."""
+    from transformers_ddl.ops_triton_ddl import VALUE_ACTIVATIONS, boundary_op
+
+    n, d = state.shape[1:]
+    generator = torch.Generator().manual_seed(2)
+    maps = [torch.randn(*shape, generator=generator) for shape in ((n, d), (d,), (n, d), (n,), (d,), (1,))]
+    inputs = [tensor.to(DEVICE, dtype) for tensor in (state, direction)]
+    inputs += [tensor.to(DEVICE, torch.promote_types(dtype, torch.float32)) for tensor in (target, gate, *maps)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    state, direction, target, gate, mixing, norm_weight, value_weight, value_bias, gate_weight, gate_bias = inputs
+    if dtype == torch.float64:
+        new_state = delta_rewrite(state, direction, target, gate, key_eps=1e-5)
+        hidden = (new_state * mixing).sum(1)
+        context = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-5) * norm_weight
+        new_target = 4 * torch.sigmoid(hidden @ value_weight.T + value_bias)
+        new_gate = 2 * torch.sigmoid(context @ gate_weight + gate_bias)
+        outputs = [new_state, context, new_target, new_gate]
+    else:
+        outputs = boundary_op(*inputs, state, [], 1e-5, 1e-5, 4.0, VALUE_ACTIVATIONS["sigmoid"], False)[:4]
+    generator = torch.Generator().manual_seed(3)
+    cotangents = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
+    gradients = torch.autograd.grad(outputs, inputs, cotangents)
+    return [*outputs, *gradients]
+
+
+NAMES = ["state", "context", "target", "gate"] + [
+    f"∂{name}" for name in ["X", "k̃", "v", "β", "C", "norm", "W_v", "b_v", "w_β", "b_β"]
+]
+
+
+@pytest.mark.parametrize(
+    ("direction_scale", "gate_value"),
+    [(1.0, 0.7), (1e4, 0.7), (1e-6, 0.7), (0.0, 0.7), (1.0, 0.0), (1.0, 2.0), (1.0, 1e-7)],
+    ids=["ordinary", "huge-direction", "tiny-direction", "zero-direction", "gate-0", "gate-2", "gate-nearly-0"],
+)
+@pytest.mark.parametrize("shape", [(1, 1, 8), (5, 4, 33), (3, 3, 130)], ids=str)
+def test_boundary_at_extremes(shape, direction_scale, gate_value):
+    torch.manual_seed(0)
+    tokens, n, d = shape
+    args = (
+        torch.randn(shape),
+        direction_scale * torch.randn(tokens, d),
+        torch.randn(tokens, n),
+        torch.full((tokens,), gate_value),
+    )
+    for name, value, reference in zip(NAMES, boundary(*args, torch.float32), boundary(*args, torch.float64)):
+        assert value.isfinite().all(), name
+        torch.testing.assert_close(
+            value.double(), reference, rtol=1e-4, atol=1e-5 * reference.abs().max().clamp(min=1e-30).item(), msg=name
+        )
+
+
+def test_empty_batch():
+    outputs = boundary(torch.randn(0, 4, 16), torch.randn(0, 16), torch.randn(0, 4), torch.randn(0), torch.float32)
+    for name, value in zip(NAMES, outputs):
+        assert value.isfinite().all() and not value.any(), name
+
+
+def test_operator_registrations():
+    """Schema, fake tensors and autograd registration agree with what the operator does (`torch.library.opcheck`)."""
+    from transformers_ddl.ops_triton_ddl import boundary_op
+
+    torch.manual_seed(0)
+    state = torch.randn(3, 2, 16, device=DEVICE, requires_grad=True)
+    per_token = [torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((3, 16), (3, 2), (3,))]
+    maps = [torch.randn(*shape, device=DEVICE) for shape in ((2, 16), (16,), (2, 16), (2,), (16,), (1,))]
+    args = (state, *per_token, *maps, state.detach(), [], 1e-5, 1e-5, 4.0, 1, False)
+    torch.library.opcheck(
+        boundary_op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+    )
+
+
+def test_gradient_checkpointing_with_kernels(monkeypatch):
+    torch.manual_seed(0)
+    model = randomise(DDLForCausalLM(tiny_config(num_hidden_layers=3))).to(DEVICE).train()
+    tokens = torch.randint(0, model.config.vocab_size, (1, 4), device=DEVICE)
+    plain = run(model, tokens, monkeypatch, "1")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpointed = run(model, tokens, monkeypatch, "1")
+    # States are rebuilt from other snapshots, so that they differ by rounding
+    for name, value in plain.items():
+        assert relative_error(checkpointed[name], value) < 1e-5, name
+
+
+def test_environment_variable_turns_kernels_off(monkeypatch):
+    from transformers_ddl.ops_ddl import can_fuse
+
+    state = torch.zeros(1, 1, 4, 8, device=DEVICE)
+    assert can_fuse(state, None)
+    assert not can_fuse(state.double(), None)
+    monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "0")
+    assert not can_fuse(state, None)
+
+
+def test_modules_that_are_not_plain_linear_layers_are_not_bypassed():
+    """An adapter around the gate or value map must take part in the forward pass."""
+    from transformers_ddl.ops_ddl import can_fuse
+
+    residual = DDLForCausalLM(tiny_config()).model.layers[0].attn_residual
+    state = torch.zeros(1, 1, 4, 8, device=DEVICE)
+    assert can_fuse(state, residual)
+    residual.value_proj = torch.nn.Sequential(residual.value_proj)
+    assert not can_fuse(state, residual)
+
+
+def test_hidden_states_need_the_pytorch_path(monkeypatch):
+    torch.manual_seed(0)
+    model = randomise(DDLForCausalLM(tiny_config())).to(DEVICE).eval()
+    tokens = torch.randint(0, model.config.vocab_size, (1, 4), device=DEVICE)
+    with torch.no_grad():
+        outputs = model(tokens, output_hidden_states=True)
+        torch.testing.assert_close(outputs.logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert len(outputs.hidden_states) == model.config.num_hidden_layers + 1

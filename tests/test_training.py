@@ -1,0 +1,408 @@
+# Copyright 2026 The transformers_ddl team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The pretraining command: what it writes, what it measures, and what it refuses."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from transformers_ddl import DDLForCausalLM, training
+from transformers_ddl.data import DataArguments, read_corpus
+from transformers_ddl.settings import Run, read_settings
+from transformers_ddl.training import main
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CARD_TEMPLATE = REPOSITORY / "model_cards" / "pretrained.md"
+BLOCK_SIZE = 32
+SETTINGS = {
+    "data": {"source": "corpus.txt", "held_out": 0.2},
+    "tokenizer": {"vocab_size": 300},
+    "model": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": BLOCK_SIZE,
+    },
+    "training": {
+        "output_dir": "out",
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+    },
+}
+
+
+def write_inputs(folder):
+    """A corpus, the settings that name it, and a folder that somebody else uses."""
+    (folder / "corpus.txt").write_text("\n".join(f"{i} green bottles, hanging on the wall." for i in range(300)))
+    (folder / "config.yaml").write_text(yaml.safe_dump(SETTINGS))
+    (folder / "taken").mkdir()
+    (folder / "taken" / "notes.txt").write_text("mine")
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def pretrain(*overrides):
+    return main(CARD_TEMPLATE, ["config.yaml", *overrides])
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def run_script(name, *arguments, cwd):
+    return subprocess.run(
+        [sys.executable, REPOSITORY / "scripts" / name, *arguments], cwd=cwd, capture_output=True, text=True
+    )
+
+
+# ---- A run of the command, and everything it leaves ----
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A workplace with the finished run in `out`, and what the command printed."""
+    workplace = tmp_path_factory.mktemp("finished")
+    write_inputs(workplace)
+    process = run_script(
+        "pretrain.py", "config.yaml", "--training.max_steps", "30", "--model.num_hidden_layers=2", cwd=workplace
+    )
+    assert process.returncode == 0, process.stderr
+    return workplace, process
+
+
+def test_output_folder(finished):
+    workplace, _ = finished
+    names = {path.name for path in (workplace / "out").iterdir()}
+    assert names >= {
+        "README.md",
+        "config.json",
+        "eval_results.json",
+        "generation_config.json",
+        "loss.png",
+        "model.safetensors",
+        "run.yaml",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert (workplace / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    tokenizer = AutoTokenizer.from_pretrained(workplace / "out")
+    config = json.loads((workplace / "out" / "config.json").read_text())
+    assert config["vocab_size"] == len(tokenizer) == 300
+    assert config["num_hidden_layers"] == 2
+    assert config["use_cache"] is True
+    for name in ("bos", "eos", "pad"):
+        assert config[f"{name}_token_id"] == getattr(tokenizer, f"{name}_token_id")
+
+
+def test_what_the_command_shows(finished):
+    workplace, process = finished
+    results = json.loads((workplace / "out" / "eval_results.json").read_text())
+    assert "data: corpus.txt: 300 documents read, 0 skipped, " in process.stdout
+    assert f"{results['bits_per_byte']:.3f} bits per byte" in process.stdout
+    assert f"{results['unigram_bits_per_byte']:.3f}; loss" in process.stdout
+    # The bar: step of steps, time left, loss and speed
+    assert re.search(r" 30/30 \[\d+:\d+<\d+:\d+, [^\r]*loss=\d\.\d+, tokens/s=[\d,]+\]", process.stderr)
+
+
+def test_figures_against_a_computation_of_their_own(finished):
+    """Every held-out token costs −log₂ p, one document after the other, in the model as it was saved."""
+    workplace, _ = finished
+    results = json.loads((workplace / "out" / "eval_results.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(workplace / "out")
+    model = AutoModelForCausalLM.from_pretrained(workplace / "out").double().eval()
+    texts = read_corpus(DataArguments(str(workplace / "corpus.txt"), held_out=0.2)).held_out["text"]
+    text_bytes = b"".join(text.encode() for text in texts)
+
+    stream = [tokenizer.eos_token_id]
+    for text in texts:
+        stream += [*tokenizer(text)["input_ids"][1:], tokenizer.eos_token_id]
+    bits, predicted = 0.0, 0
+    for start in range(0, len(stream) - 1, BLOCK_SIZE - 1):
+        block = torch.tensor([stream[start : start + BLOCK_SIZE]])
+        with torch.no_grad():
+            log_probabilities = model(input_ids=block).logits.log_softmax(-1)
+        for position in range(block.shape[1] - 1):
+            bits -= log_probabilities[0, position, block[0, position + 1]].item() / math.log(2)
+            predicted += 1
+    assert math.ceil(predicted / (BLOCK_SIZE - 1)) % 3, (
+        "the last batch must be a smaller one, or a mean of means is right"
+    )
+
+    assert results["eval_tokens"] == predicted == len(stream) - 1
+    assert results["eval_bytes"] == len(text_bytes)
+    assert results["eval_loss"] == pytest.approx(bits * math.log(2) / predicted, rel=1e-5)
+    assert results["perplexity"] == pytest.approx(2 ** (bits / predicted), rel=1e-4)
+    assert results["bits_per_byte"] == pytest.approx(bits / len(text_bytes), rel=1e-5)
+    entropy = -sum(n / len(text_bytes) * math.log2(n / len(text_bytes)) for n in Counter(text_bytes).values())
+    assert results["unigram_bits_per_byte"] == pytest.approx(entropy, rel=1e-9)
+    assert results["bits_per_byte"] < 0.8 * entropy, "nothing was learned"
+
+
+def test_model_card(finished):
+    workplace, _ = finished
+    card = ModelCard.load(workplace / "out" / "README.md")
+    results = json.loads((workplace / "out" / "eval_results.json").read_text())
+    assert card.data.library_name == "transformers"
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
+        name: results[name] for name in ("bits_per_byte", "perplexity")
+    }
+    assert "300 documents read" in card.text
+    assert f"| bits per byte | {results['bits_per_byte']:.4f} |" in card.text
+    assert yaml.safe_load(card.text.split("```yaml")[1].split("```")[0])["training"]["max_steps"] == 30
+
+
+def test_sampling_in_a_new_process(finished):
+    workplace, _ = finished
+    process = run_script("generate.py", "out", "7 green", "12", "--max-new-tokens", "5", cwd=workplace)
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"=== '7 green'\n7 green.+\n\n=== '12'\n12.+", process.stdout, re.DOTALL)
+
+
+def test_sampling_from_nothing(tmp_path):
+    process = run_script("generate.py", "missing/model", cwd=tmp_path)
+    assert process.returncode == 2
+    assert "cannot load 'missing/model'" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+# ---- The same run again, another run into the same folder, an interrupted run ----
+
+
+def test_same_run_again_changes_nothing(finished, monkeypatch, capsys):
+    workplace, _ = finished
+    monkeypatch.chdir(workplace)
+    before = contents(workplace)
+    same_folder = str(workplace / "out")
+    overrides = ("--training.max_steps=30", "--model.num_hidden_layers", "2", "--training.output_dir", same_folder)
+    assert pretrain(*overrides) == 0
+    output = capsys.readouterr().out
+    assert f"{same_folder} holds this very run, finished" in output
+    assert "bits per byte" in output
+    assert contents(workplace) == before
+
+
+def test_runs_are_reproducible(workplace):
+    for folder in ("a", "b"):
+        assert pretrain("--training.output_dir", folder) == 0
+    a, b = contents(workplace / "a"), contents(workplace / "b")
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert a[Path(name)] == b[Path(name)]
+    assert pretrain("--training.output_dir", "c", "--training.seed", "1") == 0
+    assert contents(workplace / "c")[Path("model.safetensors")] != a[Path("model.safetensors")]
+
+
+def test_interrupted_run_continues(workplace, monkeypatch, capsys):
+    """A run that stops after its checkpoint at step 2 of 4 ends, when started again, where an uninterrupted one does."""
+
+    class Interruption(TrainerCallback):
+        steps_seen = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.steps_seen.append(state.global_step)
+            if self.steps_seen == [1, 2, 3]:
+                raise KeyboardInterrupt
+
+    class InterruptedTrainer(training.Trainer):
+        def __init__(self, **kwargs):
+            super().__init__(callbacks=[Interruption], **kwargs)
+
+    checkpoints = ("--training.save_strategy", "steps", "--training.save_steps", "2")
+    assert pretrain("--training.output_dir", "uninterrupted", *checkpoints) == 0
+    monkeypatch.setattr(training, "Trainer", InterruptedTrainer)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(*checkpoints)
+    assert not (workplace / "out" / "eval_results.json").exists()
+    assert pretrain(*checkpoints) == 0
+    assert Interruption.steps_seen == [1, 2, 3, 3, 4]
+    assert "continuing from out/checkpoint-2" in capsys.readouterr().out
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (workplace / "out" / name).read_bytes() == (workplace / "uninterrupted" / name).read_bytes()
+
+
+# ---- Input that cannot be used ----
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        # Settings
+        (["--models.hidden_size", "8"], "models: unknown section; allowed: data, tokenizer, model, training"),
+        (["--data.sauce", "x"], "data.sauce: unknown field; allowed, among others: source"),
+        (
+            ["--training.learning_rat", "1"],
+            "training.learning_rat: unknown field; allowed, among others: learning_rate",
+        ),
+        (["--model.hiden_size", "8"], "model: unknown field hiden_size=8: did you mean hidden_size?"),
+        (["--model.hidden_size", "wide"], "'hidden_size' expected int, got str (value: 'wide')"),
+        (["--model.gate_init", "3"], "model: gate_init must lie strictly between 0 and 2, got 3"),
+        (
+            ["--model.vocab_size", "9"],
+            "model.vocab_size: cannot be set, the tokenizer (tokenizer.vocab_size) decides it",
+        ),
+        (["--tokenizer.vocab_size", "100"], "tokenizer: vocab_size must be at least 258, got 100"),
+        (["--tokenizer.vocab_size", "1e3"], "tokenizer.vocab_size: 1000.0 has the wrong type; allowed: int"),
+        (["--data.source", "null"], "data.source: None has the wrong type; allowed: str"),
+        (["--data.held_out", "1"], "data: held_out must lie strictly between 0 and 1, got 1"),
+        (["--training.learning_rate", "fast"], "training.learning_rate: 'fast' has the wrong type; allowed: float"),
+        (["--training.max_steps", "2.5"], "training.max_steps: 2.5 has the wrong type; allowed: int"),
+        (["--training.use_cpu", "1"], "training.use_cpu: 1 has the wrong type; allowed: bool"),
+        (["--training.do_train", "false"], "training.do_train: cannot be set, the pretraining decides it"),
+        (["--training.optim", "magic"], "training: magic is not a valid OptimizerNames"),
+        (["--training.report_to", "abacus"], "training: abacus is not supported"),
+        (["--model.max_position_embeddings", "1"], "model.max_position_embeddings: 1 leaves no token to predict"),
+        # Command line
+        (["hidden_size", "8"], "unknown argument 'hidden_size'; allowed: --section.field value"),
+        (["--hidden_size", "8"], "unknown argument '--hidden_size'; allowed: --section.field value"),
+        (["--model.hidden_size"], "--model.hidden_size has no value"),
+        (["--model.hidden_size", "--model.num_hidden_layers", "1"], "--model.hidden_size has no value"),
+        (["--model.hidden_size.x", "1"], "--model.hidden_size.x: hidden_size is 32 and has no fields"),
+        (["--model.hidden_size", "[1"], "--model.hidden_size: '[1' is not YAML"),
+        # Data
+        (["--data.source", "missing.txt"], "data.source: no file or folder 'missing.txt'; allowed: 'stdlib', a file,"),
+        (["--data.source", "owner/dataset"], "data.source: cannot read 'owner/dataset'"),
+        (
+            ["--data.subset", "small"],
+            "data.subset: 'corpus.txt' has no subset 'small'; allowed: null, or a Hub dataset",
+        ),
+        (["--data.source", "empty.jsonl"], "data.source: 'empty.jsonl' holds too little text"),
+        (["--data.source", "rows.jsonl"], "data.text_column: 'rows.jsonl' has no column 'text'; allowed: body, id"),
+        # Output
+        (
+            ["--training.output_dir", "taken"],
+            "training.output_dir: 'taken' holds files of something else; allowed: a new",
+        ),
+        (["--training.output_dir", "config.yaml"], "training.output_dir: 'config.yaml' is a file; allowed: a new"),
+        (["--training.output_dir", "config.yaml/out"], "training: [Errno 20] Not a directory: 'config.yaml/out'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_unusable_input(workplace, capsys, overrides, message):
+    (workplace / "empty.jsonl").touch()
+    (workplace / "rows.jsonl").write_text('{"body": "a", "id": 1}\n')
+    before = contents(workplace)
+    assert pretrain(*overrides) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.endswith("\n") and error.count("\n") == 1
+    assert message in error
+    assert contents(workplace) == before
+    assert not (workplace / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "cannot read 'other.yaml': [Errno 2] No such file or directory"),
+        ("data: {source: [", "cannot read 'other.yaml': while parsing"),
+        (
+            "just text",
+            "'other.yaml' has fields outside sections; allowed: the sections data, tokenizer, model, training",
+        ),
+        ("max_steps: 3", "'other.yaml' has fields outside sections"),
+        ("data: {source: corpus.txt}", "tokenizer.vocab_size: missing"),
+        ("{data: {source: corpus.txt}, tokenizer: {vocab_size: 300}}", "training.output_dir: missing"),
+        ("{tokenizer: {vocab_size: 300}, training: {output_dir: out}}", "data.source: missing"),
+    ],
+)
+def test_unusable_settings_file(workplace, capsys, content, message):
+    if content is not None:
+        (workplace / "other.yaml").write_text(content)
+    assert main(CARD_TEMPLATE, ["other.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert not (workplace / "out").exists()
+
+
+def test_other_run_in_the_folder_of_a_finished_one(finished):
+    workplace, _ = finished
+    before = contents(workplace)
+    process = run_script("pretrain.py", "config.yaml", "--training.max_steps", "31", cwd=workplace)
+    assert process.returncode == 2
+    assert process.stderr == (
+        "error: training.output_dir: 'out' holds a run with another model.num_hidden_layers, training.max_steps; "
+        "allowed: a new or empty folder, or one that holds this very run\n"
+    )
+    assert contents(workplace) == before
+
+
+# ---- Settings ----
+
+
+def test_overrides_reach_every_section_and_depth(workplace):
+    settings = read_settings(
+        "config.yaml",
+        ["--data.text_column=body", "--tokenizer.vocab_size", "400", "--training.learning_rate=1e-3"]
+        + ["--training.save_strategy", "no", "--training.warmup_steps", "7", "--training.eval_steps", "5"]
+        + ["--model.rope_parameters", "{rope_type: default}", "--model.rope_parameters.rope_theta", "5000.0"]
+        + ["--model.num_value_channels", "2", "--model.qk_norm", "null"],
+    )
+    run = Run.from_settings(settings)
+    assert run.data == DataArguments("corpus.txt", text_column="body", held_out=0.2)
+    assert run.tokenizer.vocab_size == 400
+    assert run.model.rope_parameters["rope_theta"] == 5000.0
+    assert (run.model.num_value_channels, run.model.qk_norm, run.model.hidden_size) == (2, None, 32)
+    assert (run.training.learning_rate, run.training.warmup_steps, run.training.eval_steps) == (1e-3, 7, 5)
+    assert run.training.save_strategy == "no"
+    assert settings["training"]["per_device_train_batch_size"] == 4
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("1e-3", 0.001),
+        ("-1.5E+2", -150.0),
+        ("3", 3),
+        ("0.1", 0.1),
+        ("true", True),
+        ("no", "no"),
+        ("off", "off"),
+        ("null", None),
+        ("[1, 2]", [1, 2]),
+        ("e5", "e5"),
+    ],
+)
+def test_yaml_values(workplace, text, value):
+    read = read_settings("config.yaml", ["--data.x", text])["data"]["x"]
+    assert (read, type(read)) == (value, type(value))
+
+
+def test_quickstart_is_ddl_cc_of_one_to_three_million_parameters():
+    run = Run.from_settings(read_settings(REPOSITORY / "configs" / "quickstart.yaml", []))
+    config = run.model
+    assert (config.residual_type, config.num_value_channels, config.compressor) == ("delta", 4, "channel")
+    assert config.embedding_conv
+    config.vocab_size = run.tokenizer.vocab_size
+    assert 1e6 < DDLForCausalLM(config).num_parameters() < 3e6

@@ -104,7 +104,6 @@ def make_hub_cache(cache: Path, checkpoints: Path) -> Path:
 CHECK = """
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import transformers
@@ -113,7 +112,6 @@ expected, location, resaved, *missing = sys.argv[1:]
 assert not any(map(find_spec, missing)), missing
 expected = torch.load(expected)
 inputs = expected["input_ids"]
-
 
 
 def check(name, kind, output):

@@ -43,7 +43,6 @@ GENERIC_OPTIONS = {
     "name_or_path",
     "num_labels",
     "output_attentions",
-    "partial_rotary_factor",
     "per_layer_config",
     "quantization_config",
     "rope_scaling",
@@ -164,9 +163,10 @@ class DDLConfig(LlamaConfig):
     def __post_init__(self, **kwargs):
         self._refuse_unknown_options(kwargs)
 
+        self._check_positive("hidden_size", "num_attention_heads")
         if self.intermediate_size is None:
             self.intermediate_size = 8 * self.hidden_size // 3
-        if self.head_dim is None and self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"head_dim must be given when hidden_size ({self.hidden_size}) is not a multiple of "
                 f"num_attention_heads ({self.num_attention_heads})"
@@ -238,9 +238,24 @@ class DDLConfig(LlamaConfig):
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As transformers', which sets overriding `kwargs` on the finished configuration: they are checked here."""
+        result = super().from_dict(config_dict, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        config.validate_architecture()
+        config.validate_residual()
+        return result
+
+    def _check_positive(self, *names: str):
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
     def validate_architecture(self):
         """Checks sizes. Unlike Llama's, `head_dim` need not be `hidden_size / num_attention_heads`."""
-        for name in (
+        self._check_positive(
             "vocab_size",
             "hidden_size",
             "intermediate_size",
@@ -253,10 +268,7 @@ class DDLConfig(LlamaConfig):
             "compressor_kernel_size",
             "embedding_conv_kernel_size",
             "gate_hidden_size",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}), "
@@ -266,6 +278,10 @@ class DDLConfig(LlamaConfig):
             raise ValueError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
+        if self.attention_dropout is not None and not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout must be at least 0 and below 1, got {self.attention_dropout}")
+        if self.rope_parameters.get("partial_rotary_factor") not in (None, 1):
+            raise ValueError(f"rope_parameters' partial_rotary_factor must be 1 or absent, got {self.rope_parameters}")
         rope_types = ["default", *ROPE_INIT_FUNCTIONS]
         if self.rope_parameters.get("rope_type") not in rope_types:
             raise ValueError(f"rope_parameters' rope_type must be one of {rope_types}, got {self.rope_parameters}")
@@ -303,6 +319,10 @@ class DDLConfig(LlamaConfig):
             raise ValueError(f"gate_init must lie strictly between 0 and 2, got {self.gate_init}")
         if self.value_activation == "constant" and self.value_bias:
             raise ValueError("value_bias must be False or None for value_activation='constant', got True")
+        if self.key_eps < 1e-18:
+            raise ValueError(
+                f"key_eps must be at least 1e-18, for its square not to vanish in float32, got {self.key_eps}"
+            )
         for name in ("value_scale", "key_eps", "rms_norm_eps", "logits_scale"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):

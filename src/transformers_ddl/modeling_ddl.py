@@ -503,6 +503,11 @@ class DDLPreTrainedModel(LlamaPreTrainedModel):
         AutoModel.register(type(config), DDLModel, exist_ok=True)
         super().__init__(config, *args, **kwargs)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
+        # In code outside of transformers, modules are skipped all of whose own parameters are loaded: also those that own
+        # none, but whose children `_init_weights` gives their starting values. The init functions skip loaded ones.
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -594,6 +599,10 @@ class DDLModel(DDLPreTrainedModel):
 
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and self.config.number_of_conv_states > 0:
+            layers = past_key_values.layers
+            if not layers or not isinstance(layers[0], LinearAttentionCacheLayerMixin):
+                raise ValueError("past_key_values has no room for convolutions, make it with `config=model.config`")
         if past_key_values is not None and self.config.compressor == "token":
             self._fill_unused_conv_states(past_key_values, inputs_embeds)
         boundaries["past_key_values"] = past_key_values
@@ -611,8 +620,9 @@ class DDLModel(DDLPreTrainedModel):
         else:
             state = inputs_embeds.unsqueeze(2).expand(-1, -1, self.config.num_value_channels, -1)
         # Under autocast the state is stored in the precision of the matrix products; rewrites are computed in float32
-        if torch.is_autocast_enabled(state.device.type):
-            state = state.to(torch.get_autocast_dtype(state.device.type))
+        device_type = state.device.type
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
+            state = state.to(torch.get_autocast_dtype(device_type))
 
         write, history = (None, None, None), []
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
@@ -678,8 +688,7 @@ class DDLModel(DDLPreTrainedModel):
             batch_size, seq_length = inputs_embeds.shape[:2]
             if self.config.number_of_conv_states == 0:
                 pass
-            # A single new token is never padding
-            elif attention_mask is not None and attention_mask.ndim == 2 and seq_length > 1:
+            elif attention_mask is not None and attention_mask.ndim == 2:
                 conv_mask = attention_mask[:, -seq_length:]
             elif attention_mask is None and past_key_values is None and position_ids is not None:
                 document_ids = find_packed_sequence_indices(position_ids.expand(batch_size, -1))

@@ -23,7 +23,7 @@ from conftest import TINY, VARIANTS, tiny_config
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig
 
-from transformers_ddl import DDLConfig
+from transformers_ddl import DDLConfig, DDLForCausalLM
 
 
 # Defaults
@@ -302,3 +302,28 @@ def test_refuses_wrong_types_on_assignment():
     config = DDLConfig()
     with pytest.raises(StrictDataclassFieldValidationError, match="(?s)compressor.*sum"):
         config.compressor = "sum"
+
+
+def test_model_checks_fields_that_were_assigned():
+    config = tiny_config("scalar")
+    config.num_value_channels = 4
+    with pytest.raises(ValueError, match="compressor must be set"):
+        DDLForCausalLM(config)
+    config = tiny_config("cc")
+    config.gate_init = 5.0
+    with pytest.raises(ValueError, match="gate_init"):
+        DDLForCausalLM(config)
+
+
+def test_overrides_are_part_of_a_loaded_configuration(tmp_path):
+    tiny_config("cc").save_pretrained(tmp_path)
+    config = DDLConfig.from_pretrained(tmp_path, compressor="token", compressor_kernel_size=None)
+    assert (config.compressor, config.compressor_kernel_size) == ("token", 4)
+
+
+def test_subclass_of_the_configuration():
+    class OtherConfig(DDLConfig):
+        model_type = "other"
+
+    config = OtherConfig(**tiny_config("cc").to_diff_dict())
+    assert type(DDLForCausalLM(config).config) is OtherConfig

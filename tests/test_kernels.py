@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from conftest import randomise, tiny_config
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 from transformers_ddl import DDLForCausalLM
 from transformers_ddl.modeling_ddl import delta_rewrite
@@ -153,16 +154,22 @@ def test_operator_registrations():
     )
 
 
-def test_gradient_checkpointing_with_kernels(monkeypatch):
+@pytest.mark.parametrize("how", ["transformers", CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT], ids=str)
+def test_checkpointing_with_kernels(how, monkeypatch):
+    """A layer that runs again in the backward pass must rebuild the same states, whoever checkpoints it."""
     torch.manual_seed(0)
     model = randomise(DDLForCausalLM(tiny_config(num_hidden_layers=3))).to(DEVICE).train()
     tokens = torch.randint(0, model.config.vocab_size, (1, 4), device=DEVICE)
     plain = run(model, tokens, monkeypatch, "1")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if how == "transformers":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        for i, layer in enumerate(model.model.layers):
+            model.model.layers[i] = checkpoint_wrapper(layer, checkpoint_impl=how)
     checkpointed = run(model, tokens, monkeypatch, "1")
     # States are rebuilt from other snapshots, so that they differ by rounding
-    for name, value in plain.items():
-        assert relative_error(checkpointed[name], value) < 1e-5, name
+    for value, expected in zip(checkpointed.values(), plain.values(), strict=True):
+        assert relative_error(value, expected) < 1e-5
 
 
 def test_environment_variable_turns_kernels_off(monkeypatch):

@@ -15,8 +15,8 @@
 
 import pytest
 import torch
-from conftest import VARIANTS, all_gradients, close, gradients_close, random_tokens, tiny_model
-from transformers import DataCollatorWithFlattening
+from conftest import CONV_VARIANTS, VARIANTS, all_gradients, close, gradients_close, random_tokens, tiny_model
+from transformers import DataCollatorWithFlattening, StaticCache
 
 
 IGNORED = -100
@@ -212,3 +212,17 @@ def test_flex_attention(variant, training, layout):
         logits = [logits[row, mask[row].bool()] for row in range(len(DOCUMENTS))]
     for actual, expected in zip(logits, alone):
         close(actual, expected)
+
+
+@pytest.mark.parametrize("variant", CONV_VARIANTS)
+def test_mask_as_long_as_a_static_cache(variant):
+    """A mask of fixed length names tokens that are yet to come, too."""
+    model, tokens = tiny_model(variant), random_tokens(2, 9)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        mask = torch.zeros(2, 20, dtype=torch.long)
+        mask[:, :9] = 1
+        cache = StaticCache(config=model.config, max_cache_len=20)
+        first = model(tokens[:, :6], attention_mask=mask, past_key_values=cache).logits
+        second = model(tokens[:, 6:], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(torch.cat([first, second], 1), expected, rtol=1e-5, atol=1e-5)

@@ -240,12 +240,10 @@ class DDLConfig(LlamaConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """As transformers', which sets overriding `kwargs` on the finished configuration: they are checked here."""
-        result = super().from_dict(config_dict, **kwargs)
-        config = result[0] if isinstance(result, tuple) else result
-        config.validate_architecture()
-        config.validate_residual()
-        return result
+        """As transformers', which sets overriding `kwargs` on the finished configuration: here they are part of it."""
+        names = [field.name for field in fields(cls) if field.name in kwargs]
+        overrides = {name: kwargs.pop(name) for name in names}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def _check_positive(self, *names: str):
         for name in names:
@@ -305,6 +303,11 @@ class DDLConfig(LlamaConfig):
                         f"{name} must be None for num_value_channels=1 (there is nothing to expand or compress), "
                         f"got {getattr(self, name)!r}"
                     )
+        else:
+            required = ["compressor", "compressor_kernel_size", "share_compressor", "embedding_conv"]
+            for name in required + ["embedding_conv_kernel_size"] * bool(self.embedding_conv):
+                if getattr(self, name) is None:
+                    raise ValueError(f"{name} must be set for num_value_channels={self.num_value_channels}, got None")
         if self.compressor == "channel" and self.compressor_kernel_size > self.num_value_channels:
             raise ValueError(
                 f"compressor_kernel_size must be at most num_value_channels ({self.num_value_channels}) for "

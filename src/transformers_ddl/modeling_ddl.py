@@ -367,10 +367,10 @@ def begin_sublayer(
     compressor: nn.Module,
     norm: DDLRMSNorm,
     residual: DDLDeltaResidual | None,
-    history: list[torch.Tensor],
+    history: tuple[torch.Tensor, ...],
     output_hidden_states: bool,
     **compressor_kwargs,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, tuple, tuple[torch.Tensor, ...]]:
     """
     Carries out the write of the sublayer before, `(direction, target, gate)` or Nones where there is none, and reads the
     state for the next, whose residual is `residual` (None at the readout). `history` is what the fused kernels need to
@@ -381,17 +381,17 @@ def begin_sublayer(
         hidden_states (`[batch, sequence, hidden_size]`): x = C(X); None from the fused kernels.
         context (`[batch, sequence, hidden_size]`): c, the input of the next sublayer.
         heads (`[batch, sequence, n]`, `[batch, sequence]`): target and gate of the next sublayer's write.
+        history: what it is for the next boundary.
     """
     direction, target, gate = write
     token_local = config.residual_type == "delta" and config.compressor != "token"
     if token_local and not output_hidden_states and can_fuse(state, residual):
         mixing = compressor.mixing() if config.compressor == "channel" else None
-        state, context, *heads = fused_boundary(
+        state, context, *heads, history = fused_boundary(
             state, direction, target, gate, mixing, norm, residual, config.key_eps, history
         )
-        return state, None, context, tuple(heads)
+        return state, None, context, tuple(heads), history
 
-    history.clear()
     if direction is not None and config.residual_type == "additive":
         state = state + direction.unsqueeze(-2)
     elif direction is not None:
@@ -399,7 +399,7 @@ def begin_sublayer(
     hidden_states = compressor(state, **compressor_kwargs)
     context = norm(hidden_states)
     heads = (None, None) if residual is None else residual(hidden_states, context)
-    return state, hidden_states, context, heads
+    return state, hidden_states, context, heads, ()
 
 
 class DDLDecoderLayer(GradientCheckpointingLayer):
@@ -429,20 +429,20 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         conv_mask: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
-        history: list[torch.Tensor] | None = None,
+        history: tuple[torch.Tensor, ...] = (),
         output_hidden_states: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor | None, ...]:
         """
         Takes and returns the state `[batch, sequence, n, hidden_size]` and the write that is still to be made: direction
-        `[batch, sequence, hidden_size]`, target `[batch, sequence, n]`, gate `[batch, sequence]`. The last output is
-        what the layer read from the state, `[batch, sequence, hidden_size]`: its entry in `hidden_states`.
+        `[batch, sequence, hidden_size]`, target `[batch, sequence, n]`, gate `[batch, sequence]`. The fifth output is
+        what the layer read from the state, `[batch, sequence, hidden_size]`: its entry in `hidden_states`. The last one is
+        `history`.
         """
-        # A checkpointed layer runs again in the backward pass, and must then find the history of its first run
-        if history is None or (self.gradient_checkpointing and self.training):
-            history = []
+        # Checkpointing stores what goes into a layer: the state alone is enough
+        if self.gradient_checkpointing and self.training:
+            history = ()
         read_kwargs = {
-            "history": history,
             "output_hidden_states": output_hidden_states,
             "layer_idx": self.layer_idx,
             "past_key_values": past_key_values,
@@ -451,13 +451,14 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
         }
 
         # Self Attention
-        state, layer_input, context, heads = begin_sublayer(
+        state, layer_input, context, heads, history = begin_sublayer(
             self.config,
             state,
             (direction, target, gate),
             self.compressor,
             self.input_layernorm,
             self.attn_residual,
+            history,
             state_idx=0,
             **read_kwargs,
         )
@@ -472,18 +473,19 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
         )
 
         # Fully Connected
-        state, _, context, heads = begin_sublayer(
+        state, _, context, heads, history = begin_sublayer(
             self.config,
             state,
             (direction, *heads),
             self.compressor if self.mlp_compressor is None else self.mlp_compressor,
             self.post_attention_layernorm,
             self.mlp_residual,
+            history,
             state_idx=1,
             **read_kwargs,
         )
         direction = self.mlp(context)
-        return state, direction, *heads, layer_input
+        return state, direction, *heads, layer_input, history
 
 
 class DDLPreTrainedModel(LlamaPreTrainedModel):
@@ -499,8 +501,12 @@ class DDLPreTrainedModel(LlamaPreTrainedModel):
     }
 
     def __init__(self, config: DDLConfig, *args, **kwargs):
+        # Fields may have been assigned since the configuration was made
+        config.validate_architecture()
+        config.validate_residual()
         # Transformers' heads create their base model by `AutoModel`, which would ask to trust remote code once more
-        AutoModel.register(type(config), DDLModel, exist_ok=True)
+        if type(config).__name__ == DDLConfig.__name__:
+            AutoModel.register(type(config), DDLModel, exist_ok=True)
         super().__init__(config, *args, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
@@ -584,7 +590,8 @@ class DDLModel(DDLPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """
         Args are [`LlamaModel`]'s. Of the outputs, `hidden_states` holds what each layer reads from the state and the
-        final `last_hidden_state`, all `[batch, sequence, hidden_size]`.
+        final `last_hidden_state`, all `[batch, sequence, hidden_size]`. Padding is known to the convolutions of EC and TC from
+        masks `[batch, tokens]`, not from masks with four dimensions.
 
         Raises:
             `ValueError`: unless exactly one of `input_ids` and `inputs_embeds` is given.
@@ -595,7 +602,11 @@ class DDLModel(DDLPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
-        attention_mask, boundaries = self._prepare_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
+        past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+        new_tokens = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+        attention_mask, boundaries = self._prepare_masks(
+            inputs_embeds, attention_mask, position_ids, past_key_values, new_tokens
+        )
 
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -609,9 +620,7 @@ class DDLModel(DDLPreTrainedModel):
         output_hidden_states = bool(kwargs.pop("output_hidden_states", self.config.output_hidden_states))
 
         if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
-            position_ids = position_ids.unsqueeze(0)
+            position_ids = new_tokens.unsqueeze(0)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
         if self.embedding_conv is not None:
@@ -624,9 +633,9 @@ class DDLModel(DDLPreTrainedModel):
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
             state = state.to(torch.get_autocast_dtype(device_type))
 
-        write, history = (None, None, None), []
+        write, history = (None, None, None), ()
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
-            state, *write, _ = decoder_layer(
+            state, *write, _, history = decoder_layer(
                 state,
                 *write,
                 attention_mask=attention_mask,
@@ -639,7 +648,7 @@ class DDLModel(DDLPreTrainedModel):
                 **kwargs,
             )
 
-        _, _, hidden_states, _ = begin_sublayer(
+        _, _, hidden_states, _, _ = begin_sublayer(
             self.config,
             state,
             write,
@@ -663,11 +672,12 @@ class DDLModel(DDLPreTrainedModel):
         attention_mask: torch.Tensor | dict | None,
         position_ids: torch.LongTensor | None,
         past_key_values: Cache | None,
+        new_tokens: torch.LongTensor,
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor | None]]:
         """
         The mask of the attention and, for the convolutions, `conv_mask` (False at padding) and `document_ids` of packed
-        documents, both `[batch, sequence]` or None. As in transformers, position ids denote packed documents where
-        neither a mask nor a cache is given.
+        documents, both `[batch, sequence]` or None. `new_tokens` are the columns of the mask that `inputs_embeds` stand for.
+        As in transformers, position ids denote packed documents where neither a mask nor a cache is given.
         """
         conv_mask = document_ids = None
         # `generate` prepares the masks of a compiled forward pass in advance
@@ -685,13 +695,12 @@ class DDLModel(DDLPreTrainedModel):
                     past_key_values=past_key_values,
                     position_ids=position_ids,
                 )
-            batch_size, seq_length = inputs_embeds.shape[:2]
             if self.config.number_of_conv_states == 0:
                 pass
             elif attention_mask is not None and attention_mask.ndim == 2:
-                conv_mask = attention_mask[:, -seq_length:]
+                conv_mask = attention_mask[:, new_tokens]
             elif attention_mask is None and past_key_values is None and position_ids is not None:
-                document_ids = find_packed_sequence_indices(position_ids.expand(batch_size, -1))
+                document_ids = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[0], -1))
         conv_mask = conv_mask.bool() if conv_mask is not None else None
         return causal_mask, {"conv_mask": conv_mask, "document_ids": document_ids}
 

@@ -24,6 +24,8 @@ TRITON_AVAILABLE = is_triton_available()
 MAX_VALUE_CHANNELS = 8
 # Boundaries whose states the backward pass rebuilds for each one that is stored, at most 3; 0 stores all
 NUM_REPLAYS = int(os.environ.get("TRANSFORMERS_DDL_REPLAYS", "3"))
+if not 0 <= NUM_REPLAYS <= 3:
+    raise ValueError(f"TRANSFORMERS_DDL_REPLAYS must lie between 0 and 3, got {NUM_REPLAYS}")
 
 
 def load_kernels():
@@ -59,17 +61,18 @@ def fused_boundary(
     norm: nn.Module,
     residual: nn.Module | None,
     key_eps: float,
-    history: list[torch.Tensor],
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    history: tuple[torch.Tensor, ...],
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None, tuple[torch.Tensor, ...]]:
     """
     The boundary between two sublayers in one kernel: `delta_rewrite`, compression by `mixing` `[n, hidden_size]` (None for
     n = 1), RMSNorm and the heads of `residual` (None at the readout, which needs no new state either).
 
     The backward pass needs the state, which is not kept for it at every boundary: `history` holds an earlier state and
-    what has been written since, from which it is rebuilt. It is extended here, and begun anew when it is full.
+    what has been written since, from which it is rebuilt. It is begun anew when it is full.
 
     Returns:
-        The new state (None at the readout), the context, the target and the gate, shaped as `DDLDeltaResidual` says.
+        The new state (None at the readout), the context, the target and the gate, shaped as `DDLDeltaResidual` says, and the
+        history for the next boundary.
     """
     from .ops_triton_ddl import VALUE_ACTIVATIONS, boundary_op
 
@@ -79,7 +82,7 @@ def fused_boundary(
         None if tensor is None else tensor.flatten(0, 1).contiguous() for tensor in (state, direction, target, gate)
     ]
     if not history or len(history) > 1 + 3 * NUM_REPLAYS:
-        history[:] = [state]
+        history = (state.detach(),)
     snapshot, *replays = history
     new_state, context, new_target, new_gate, _, written, inv_key_norm, _ = boundary_op(
         state,
@@ -90,8 +93,8 @@ def fused_boundary(
         None if value_proj is None else value_proj.bias,
         None if residual is None else residual.beta_proj.weight.squeeze(0),
         None if residual is None else residual.beta_proj.bias,
-        snapshot.detach(),
-        [replay.detach() for replay in replays],
+        snapshot,
+        replays,
         key_eps,
         norm.variance_epsilon,
         1.0 if residual is None else float(residual.config.value_scale),
@@ -100,14 +103,15 @@ def fused_boundary(
     )
     context = context.unflatten(0, batch_shape)
     if residual is None:
-        return None, context, None, None
+        return None, context, None, None, ()
     if direction is None:
         new_state = state
     else:
-        history.extend([write[0], inv_key_norm, written])
+        history = (*history, write[0].detach(), inv_key_norm, written)
     return (
         new_state.unflatten(0, batch_shape),
         context,
         new_target.unflatten(0, batch_shape),
         new_gate.unflatten(0, batch_shape),
+        history,
     )

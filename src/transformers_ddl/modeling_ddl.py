@@ -548,7 +548,7 @@ class DDLPreTrainedModel(LlamaPreTrainedModel):
 def unit_kernel_like(weight: torch.Tensor, tap: int) -> torch.Tensor:
     """Kernel (taps in the last dimension) of the convolution that copies its input at `tap`."""
     kernel = torch.zeros_like(weight)
-    kernel[..., tap] = 1
+    kernel.select(-1, tap).fill_(1)  # indexing would fail on the sharded weights of FSDP2
     return kernel
 
 

@@ -55,7 +55,7 @@ class ModelTester:
     seq_length = 7
     vocab_size = 99
     hidden_size = 32
-    intermediate_size = 37
+    intermediate_size = 36
     num_hidden_layers = 2
     num_attention_heads = 4
     num_labels = 3
@@ -179,7 +179,3 @@ class TokenTest(ModelTest, unittest.TestCase):
 
 class TokenWithoutEmbeddingConvTest(ModelTest, unittest.TestCase):
     config_options = {"compressor": "token", "embedding_conv": False}
-
-
-# Not a test by itself
-del ModelTest

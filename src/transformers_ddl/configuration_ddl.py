@@ -222,6 +222,11 @@ class DDLConfig(LlamaConfig):
         return ["hybrid"] * hybrid_layers + ["full_attention"] * (self.num_hidden_layers - hybrid_layers)
 
     @property
+    def num_hidden_states(self) -> int:
+        """Entries of `hidden_states`: what every layer reads from the state, and the last hidden state."""
+        return self.num_hidden_layers + 1
+
+    @property
     def number_of_conv_states(self) -> int:
         """Convolution inputs cached by a hybrid layer, see `DDLTokenConvolution`."""
         return (3 if self.compressor == "token" else 0) + int(bool(self.embedding_conv))

@@ -27,6 +27,7 @@ one reads from the state (`begin_sublayer`), so that kernels can do both in one 
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -488,15 +489,22 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
         return state, direction, *heads, layer_input, history
 
 
+@dataclass
+class DDLHiddenStatesRecorder(OutputRecorder):
+    """Records what every layer and the readout read from the state."""
+
+    # The config's attribute by which newer versions of transformers resolve negative indices in `output_hidden_states`
+    num_hidden_layers_key: str = "num_hidden_states"
+
+
 class DDLPreTrainedModel(LlamaPreTrainedModel):
     config: DDLConfig
     config_class = DDLConfig
     _no_split_modules = ["DDLDecoderLayer"]
     _can_record_outputs = {
-        "hidden_states": [
-            OutputRecorder(DDLDecoderLayer, index=4, capture_initial_hidden_state=False),
-            OutputRecorder(tuple(COMPRESSORS.values()), layer_name="readout", capture_initial_hidden_state=False),
-        ],
+        "hidden_states": DDLHiddenStatesRecorder(
+            DDLDecoderLayer, index=4, class_name=".readout", capture_initial_hidden_state=False
+        ),
         "attentions": DDLAttention,
     }
 

@@ -11,40 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Prints sampled continuations: `python scripts/generate.py outputs/quickstart ["a prompt" ...]`."""
+"""`transformers-ddl generate`, for a checkout."""
 
-import argparse
+import sys
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-
-import transformers_ddl  # noqa: F401 (registers the models with the Auto classes)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Print sampled continuations of prompts.")
-    parser.add_argument("model", help="folder or Hub name of a model")
-    parser.add_argument(
-        "prompts", nargs="*", default=["import ", "class ", "def __init__(self"], help="texts to continue"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForCausalLM.from_pretrained(options.model)
-    except (OSError, ValueError) as error:
-        parser.error(f"cannot load {options.model!r}: {error}")
-
-    set_seed(options.seed)
-    for prompt in options.prompts:
-        inputs = tokenizer(prompt, return_tensors="pt")
-        output = model.generate(
-            **inputs, do_sample=True, temperature=options.temperature, max_new_tokens=options.max_new_tokens
-        )
-        print(f"\n=== {prompt!r}\n{tokenizer.decode(output[0], skip_special_tokens=True)}")
+from transformers_ddl.cli import main
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["generate", *sys.argv[1:]]))

@@ -11,13 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pretrains a model: `python scripts/pretrain.py configs/quickstart.yaml [--section.field value ...]`."""
+"""`transformers-ddl pretrain`, for a checkout."""
 
 import sys
-from pathlib import Path
 
-from transformers_ddl.training import main
+from transformers_ddl.cli import main
 
 
 if __name__ == "__main__":
-    sys.exit(main(card_template=Path(__file__).resolve().parents[1] / "model_cards" / "pretrained.md"))
+    sys.exit(main(["pretrain", *sys.argv[1:]]))

@@ -23,7 +23,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from transformers_ddl import data
-from transformers_ddl.data import DataArguments, InputError, pack, read_corpus, train_tokenizer
+from transformers_ddl.cli import InputError
+from transformers_ddl.data import DataArguments, pack, read_corpus, train_tokenizer
 
 
 AWKWARD_TEXT = "  two\t\r\n<|endoftext|> <|pad|>\x00 naïve 中文 😀\u200d\n\n"

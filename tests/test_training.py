@@ -28,13 +28,12 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from transformers_ddl import DDLForCausalLM, training
+from transformers_ddl.cli import main
 from transformers_ddl.data import DataArguments, read_corpus
 from transformers_ddl.settings import Run, read_settings
-from transformers_ddl.training import main
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CARD_TEMPLATE = REPOSITORY / "model_cards" / "pretrained.md"
 BLOCK_SIZE = 32
 SETTINGS = {
     "data": {"source": "corpus.txt", "held_out": 0.2},
@@ -74,7 +73,7 @@ def workplace(tmp_path, monkeypatch):
 
 
 def pretrain(*overrides):
-    return main(CARD_TEMPLATE, ["config.yaml", *overrides])
+    return main(["pretrain", "config.yaml", *overrides])
 
 
 def contents(folder):
@@ -339,7 +338,7 @@ def test_unusable_input(workplace, capsys, overrides, message):
 def test_unusable_settings_file(workplace, capsys, content, message):
     if content is not None:
         (workplace / "other.yaml").write_text(content)
-    assert main(CARD_TEMPLATE, ["other.yaml"]) == 2
+    assert main(["pretrain", "other.yaml"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error

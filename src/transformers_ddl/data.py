@@ -34,6 +34,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .cli import InputError
+
 
 TEXT = Features({"text": Value("string")})
 STDLIB = "stdlib"
@@ -46,10 +48,6 @@ STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test
 BOUNDARY_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
 IGNORE_INDEX = -100
-
-
-class InputError(Exception):
-    """What a user gave cannot be used; the message names it and says what is allowed."""
 
 
 @dataclass

@@ -31,8 +31,9 @@ from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 from transformers import TrainingArguments
 
+from .cli import InputError
 from .configuration_ddl import DDLConfig
-from .data import DataArguments, InputError
+from .data import DataArguments
 
 
 @dataclass

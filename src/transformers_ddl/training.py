@@ -16,7 +16,6 @@
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,27 +27,23 @@ from torch.nn.functional import cross_entropy
 from transformers import EvalPrediction, ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from .data import IGNORE_INDEX, Corpus, InputError, PackedText, pack, read_corpus, train_tokenizer
+from .cli import InputError
+from .data import IGNORE_INDEX, Corpus, PackedText, pack, read_corpus, train_tokenizer
 from .modeling_ddl import DDLForCausalLM
 from .settings import Run, blaming, read_settings
 
 
+# In a checkout they lie beside `src`, in an installed package inside it (setup.cfg)
+CARD_TEMPLATES = next(folder / "model_cards" for folder in Path(__file__).parents if (folder / "model_cards").is_dir())
 RUN_FILE = "run.yaml"
 RESULTS_FILE = "eval_results.json"
 
 
-def main(card_template: Path, arguments: list[str] | None = None) -> int:
-    """
-    The command line: `CONFIG [--section.field value ...]`.
-
-    Args:
-        card_template: The model card, a Jinja template.
-        arguments: Those of the process if None.
-
-    Returns:
-        The exit code: 2, with one line on stderr, for input that cannot be used.
-    """
-    parser = argparse.ArgumentParser(description="Pretrain a Deep Delta Learning language model.")
+def main(arguments: list[str]):
+    """`transformers-ddl pretrain CONFIG [--section.field value ...]`."""
+    parser = argparse.ArgumentParser(
+        prog="transformers-ddl pretrain", description="Pretrain a Deep Delta Learning language model."
+    )
     parser.add_argument("config", help="YAML file with the sections data, tokenizer, model and training")
     parser.add_argument(
         "overrides",
@@ -57,22 +52,17 @@ def main(card_template: Path, arguments: list[str] | None = None) -> int:
         help="any field of the file, for instance --model.hidden_size 256 or --training.learning_rate=1e-3",
     )
     options = parser.parse_args(arguments)
-    try:
-        run = Run.from_settings(read_settings(options.config, options.overrides))
-        if is_finished(run):
-            print(f"{run.training.output_dir} holds this very run, finished; delete the folder to repeat it.")
-        else:
-            pretrain(run, card_template)
-    except InputError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    run = Run.from_settings(read_settings(options.config, options.overrides))
+    if is_finished(run):
+        print(f"{run.training.output_dir} holds this very run, finished; delete the folder to repeat it.")
+    else:
+        pretrain(run)
     results = json.loads(Path(run.training.output_dir, RESULTS_FILE).read_text())
     print(
         f"held-out text: {results['bits_per_byte']:.3f} bits per byte, where the entropy of single bytes is "
         f"{results['unigram_bits_per_byte']:.3f}; loss {results['eval_loss']:.3f} nats per token, "
         f"perplexity {results['perplexity']:.1f}"
     )
-    return 0
 
 
 def is_finished(run: Run) -> bool:
@@ -107,7 +97,7 @@ def is_finished(run: Run) -> bool:
     return (folder / RESULTS_FILE).is_file()
 
 
-def pretrain(run: Run, card_template: Path):
+def pretrain(run: Run):
     """
     Trains a tokenizer and a model and fills the output folder; continues from its last checkpoint if it has one.
 
@@ -160,7 +150,7 @@ def pretrain(run: Run, card_template: Path):
     config.use_cache = use_cache  # Trainer turned it off, and generating without is slow
     trainer.save_model()
     plot_loss(trainer.state.log_history, folder / "loss.png")
-    write_model_card(folder / "README.md", card_template, run, corpus, train, trainer, results)
+    write_model_card(folder / "README.md", run, corpus, train, trainer, results)
     trainer.save_metrics("eval", results, combined=False)  # RESULTS_FILE: the run is finished
 
 
@@ -220,14 +210,13 @@ def plot_loss(log_history: list[dict[str, float]], path: Path):
 
 def write_model_card(
     path: Path,
-    template: Path,
     run: Run,
     corpus: Corpus,
     train: PackedText,
     trainer: Trainer,
     results: dict[str, float],
 ):
-    """Renders the template with what was run and measured."""
+    """Renders the template of model cards with what was run and measured."""
     name = path.resolve().parent.name
     eval_results = [
         EvalResult(
@@ -247,7 +236,7 @@ def write_model_card(
             model_name=name,
             eval_results=eval_results,
         ),
-        template_path=template,
+        template_path=CARD_TEMPLATES / "pretrained.md",
         block_size=run.model.max_position_embeddings,
         corpus=corpus,
         name=name,

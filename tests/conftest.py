@@ -32,7 +32,7 @@ from transformers_ddl import DDLConfig, DDLForCausalLM
 # Several threads only wait for each other in models this small: one is ten times as fast
 torch.set_num_threads(1)
 
-# The models of the paper, the additive baseline, and separate compressors for the two sublayers of a layer.
+# The models of the paper, separate compressors for the two sublayers of a layer, the controls of the specification.
 # n = 3 and the other sizes below differ from each other, so that no two dimensions can be mistaken for one another.
 VARIANTS = {
     "scalar": {"num_value_channels": 1},
@@ -41,7 +41,12 @@ VARIANTS = {
     "tc": {"num_value_channels": 3, "compressor": "token"},
     "tc-repeat": {"num_value_channels": 3, "compressor": "token", "embedding_conv": False},
     "tc-separate": {"num_value_channels": 3, "compressor": "token", "share_compressor": False},
+    "multi-step": {"num_value_channels": 3, "num_delta_steps": 2},
+    "write-only": {"num_value_channels": 3, "residual_type": "write_only"},
     "additive": {"residual_type": "additive"},
+    "expanded-additive": {"num_value_channels": 3, "residual_type": "expanded_additive"},
+    "hc": {"num_value_channels": 3, "residual_type": "hyper_connections"},
+    "mhc": {"num_value_channels": 3, "residual_type": "manifold_hyper_connections"},
 }
 CONV_VARIANTS = ["cc", "tc", "tc-repeat", "tc-separate"]
 

@@ -44,11 +44,50 @@ def rms_norm(x, weight, eps):
     return weight * x / torch.sqrt((x * x).mean() + eps)
 
 
-def delta_rewrite(state, direction, gate, target, key_eps):
+def delta_rewrite(state, direction, gate, target, key_eps, erase=True):
     """X' = X + β k (v − Xᵀk)ᵀ with k = k̃ / sqrt(‖k̃‖² + ε²); state (d, n), direction (d,), gate (), target (n,)."""
     key = direction / torch.sqrt((direction * direction).sum() + key_eps**2)
     readout = state.T @ key
-    return state + gate * torch.outer(key, target - readout)
+    return state + gate * torch.outer(key, target - readout if erase else target)
+
+
+# Hyper-Connections: how a sublayer reads the streams of a token, and how they are mixed and written to
+
+
+def hyper_connection(config, params, name, state):
+    """Arrays a (n,), b (n,), M (n, n) of arXiv 2409.19606: static and, through a tanh, dependent on the streams."""
+    n = config.num_value_channels
+    static, dynamic, (scale_b, scale_am) = (params[f"{name}.{x}"] for x in ("static", "dynamic", "scale"))
+    b, a, M = [], [], []
+    for j in range(n):
+        stream = torch.tanh(dynamic @ rms_norm(state[:, j], params[f"{name}.norm.weight"], config.rms_norm_eps))
+        b.append(static[j, 0] + scale_b * stream[0])
+        a.append(static[j, 1] + scale_am * stream[1])
+        M.append(torch.stack([static[j, 2 + k] + scale_am * stream[2 + k] for k in range(n)]))
+    return torch.stack(a), torch.stack(b), torch.stack(M)
+
+
+def manifold_hyper_connection(config, params, name, state):
+    """The same of arXiv 2512.24880 with 20 Sinkhorn steps, in DeepSeek-V4's order and with its guards of 1e-6."""
+    n, eps = config.num_value_channels, 1e-6
+    flat = state.T.reshape(-1)
+    logits = params[f"{name}.fn"] @ rms_norm(flat, torch.ones_like(flat), config.rms_norm_eps)
+    scale, base = params[f"{name}.scale"], params[f"{name}.base"]
+    a = sigmoid(scale[0] * logits[:n] + base[:n]) + eps
+    b = 2 * sigmoid(scale[1] * logits[n : 2 * n] + base[n : 2 * n])
+    M = torch.exp((scale[2] * logits[2 * n :] + base[2 * n :]).reshape(n, n))
+    M = M / M.sum(1, keepdim=True) + eps
+    for step in range(20):
+        if step > 0:
+            M = M / (M.sum(1, keepdim=True) + eps)
+        M = M / (M.sum(0, keepdim=True) + eps)
+    return a, b, M
+
+
+HYPER_CONNECTIONS = {
+    "hyper_connections": hyper_connection,
+    "manifold_hyper_connections": manifold_hyper_connection,
+}
 
 
 # Embedding and compressors
@@ -158,17 +197,18 @@ def mlp(config, params, name, context):
 
 
 def gate(config, params, name, context):
-    """β = 2 σ(w·c + b), or 2 σ(w₂·tanh(W₁ c + b₁) + b₂)."""
+    """β = 2 σ(w·c + b), or 2 σ(w₂·tanh(W₁ c + b₁) + b₂), of every step."""
     hidden = context
     if config.gate_hidden_size is not None:
         hidden = torch.tanh(linear(context, params, f"{name}.beta_hidden_proj"))
-    return 2 * sigmoid(linear(hidden, params, f"{name}.beta_proj"))[0]
+    return 2 * sigmoid(linear(hidden, params, f"{name}.beta_proj"))
 
 
 def target(config, params, name, sublayer_input, context):
-    """v = value_scale · a(W x + b)."""
+    """v = value_scale · a(W x + b), of every step one after the other."""
     if config.value_activation == "constant":
-        return config.value_scale * torch.ones(config.num_value_channels, dtype=context.dtype)
+        values = config.num_delta_steps * config.num_value_channels
+        return config.value_scale * torch.ones(values, dtype=context.dtype)
     source = context if config.value_input == "context" else sublayer_input
     value = linear(source, params, f"{name}.value_proj")
     return config.value_scale * (sigmoid(value) if config.value_activation == "sigmoid" else value)
@@ -177,21 +217,33 @@ def target(config, params, name, sublayer_input, context):
 def sublayer(config, params, layer, kind, states):
     """Compress, process, rewrite: `kind` is "attn" or "mlp"."""
     norm = {"attn": "input_layernorm", "mlp": "post_attention_layernorm"}[kind]
-    own_compressor = kind == "mlp" and not config.share_compressor
-    inputs = compress(config, params, f"{layer}.mlp_compressor" if own_compressor else f"{layer}.compressor", states)
+    residual = f"{layer}.{kind}_residual"
+    if config.residual_type in HYPER_CONNECTIONS:
+        connections = [HYPER_CONNECTIONS[config.residual_type](config, params, residual, state) for state in states]
+        inputs = [state @ a for state, (a, _, _) in zip(states, connections)]
+    else:
+        own_compressor = kind == "mlp" and not config.share_compressor
+        compressor = f"{layer}.mlp_compressor" if own_compressor else f"{layer}.compressor"
+        inputs = compress(config, params, compressor, states)
     contexts = [rms_norm(x, params[f"{layer}.{norm}.weight"], config.rms_norm_eps) for x in inputs]
     if kind == "attn":
-        directions = attention(config, params, f"{layer}.self_attn", contexts)
+        outputs = attention(config, params, f"{layer}.self_attn", contexts)
     else:
-        directions = [mlp(config, params, f"{layer}.mlp", c) for c in contexts]
+        outputs = [mlp(config, params, f"{layer}.mlp", c) for c in contexts]
+
+    if config.residual_type in HYPER_CONNECTIONS:
+        return [state @ M + torch.outer(output, b) for state, output, (_, b, M) in zip(states, outputs, connections)]
     if config.residual_type == "additive":
-        return [state + direction[:, None] for state, direction in zip(states, directions)]
-    residual = f"{layer}.{kind}_residual"
+        return [state + output[:, None] for state, output in zip(states, outputs)]
+    if config.residual_type == "expanded_additive":
+        return [state + torch.outer(output, params[f"{residual}.amplitude"]) for state, output in zip(states, outputs)]
     rewritten = []
-    for state, direction, x, c in zip(states, directions, inputs, contexts):
-        beta = gate(config, params, residual, c)
-        v = target(config, params, residual, x, c)
-        rewritten.append(delta_rewrite(state, direction, beta, v, config.key_eps))
+    for state, output, x, c in zip(states, outputs, inputs, contexts):
+        betas = gate(config, params, residual, c)
+        values = target(config, params, residual, x, c).split(config.num_value_channels)
+        for direction, beta, v in zip(output.split(config.hidden_size), betas, values, strict=True):
+            state = delta_rewrite(state, direction, beta, v, config.key_eps, erase=config.residual_type == "delta")
+        rewritten.append(state)
     return rewritten
 
 

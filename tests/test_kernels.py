@@ -28,6 +28,9 @@ VARIANTS = {
     "linear-value-of-context": {"value_activation": None, "value_input": "context", "value_bias": False},
     "constant-value": {"value_activation": "constant"},
     "scalar-linear-value": {"num_value_channels": 1, "value_activation": None},
+    "write-only": {"residual_type": "write_only"},
+    "scalar-write-only": {"residual_type": "write_only", "num_value_channels": 1},
+    "expanded-additive": {"residual_type": "expanded_additive"},
 }
 
 
@@ -100,7 +103,8 @@ def boundary(state, direction, target, gate, dtype):
         new_gate = 2 * torch.sigmoid(context @ gate_weight + gate_bias)
         outputs = [new_state, context, new_target, new_gate]
     else:
-        outputs = boundary_op(*inputs, state, [], 1e-5, 1e-5, 4.0, VALUE_ACTIVATIONS["sigmoid"], False)[:4]
+        options = (1e-5, 1e-5, 4.0, VALUE_ACTIVATIONS["sigmoid"], False, True, True)
+        outputs = boundary_op(*inputs[:4], None, *inputs[4:], state, [], *options)[:4]
     generator = torch.Generator().manual_seed(3)
     cotangents = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
     gradients = torch.autograd.grad(outputs, inputs, cotangents)
@@ -148,7 +152,7 @@ def test_operator_registrations():
     state = torch.randn(3, 2, 16, device=DEVICE, requires_grad=True)
     per_token = [torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((3, 16), (3, 2), (3,))]
     maps = [torch.randn(*shape, device=DEVICE) for shape in ((2, 16), (16,), (2, 16), (2,), (16,), (1,))]
-    args = (state, *per_token, *maps, state.detach(), [], 1e-5, 1e-5, 4.0, 1, False)
+    args = (state, *per_token, None, *maps, state.detach(), [], 1e-5, 1e-5, 4.0, 1, False, True, True)
     torch.library.opcheck(
         boundary_op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
     )
@@ -175,22 +179,22 @@ def test_checkpointing_with_kernels(how, monkeypatch):
 def test_environment_variable_turns_kernels_off(monkeypatch):
     from transformers_ddl.ops_ddl import can_fuse
 
-    state = torch.zeros(1, 1, 4, 8, device=DEVICE)
-    assert can_fuse(state, None)
-    assert not can_fuse(state.double(), None)
+    config, state = tiny_config(), torch.zeros(1, 1, 3, 20, device=DEVICE)
+    assert can_fuse(config, state, None)
+    assert not can_fuse(config, state.double(), None)
     monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "0")
-    assert not can_fuse(state, None)
+    assert not can_fuse(config, state, None)
 
 
 def test_modules_that_are_not_plain_linear_layers_are_not_bypassed():
     """An adapter around the gate or value map must take part in the forward pass."""
     from transformers_ddl.ops_ddl import can_fuse
 
-    residual = DDLForCausalLM(tiny_config()).model.layers[0].attn_residual
-    state = torch.zeros(1, 1, 4, 8, device=DEVICE)
-    assert can_fuse(state, residual)
+    config, state = tiny_config(), torch.zeros(1, 1, 3, 20, device=DEVICE)
+    residual = DDLForCausalLM(config).model.layers[0].attn_residual
+    assert can_fuse(config, state, residual)
     residual.value_proj = torch.nn.Sequential(residual.value_proj)
-    assert not can_fuse(state, residual)
+    assert not can_fuse(config, state, residual)
 
 
 def test_hidden_states_need_the_pytorch_path(monkeypatch):

@@ -80,10 +80,16 @@ class DDLConfig(LlamaConfig):
     Args:
         intermediate_size (`int`, *optional*):
             Width of the SwiGLU MLP; `⌊8 hidden_size / 3⌋` if None (paper §4).
-        residual_type (`"delta"` or `"additive"`, defaults to `"delta"`):
-            How a sublayer writes its output into the state.
+        residual_type (`str`, defaults to `"delta"`):
+            How a sublayer writes its output `F(c)` into the state: `"delta"`, or one of its controls (spec §6):
+            `"write_only"` (the rewrite without the erase term, `X + β k vᵀ`), `"additive"` (`x + F(c)`, the ordinary
+            Transformer), `"expanded_additive"` (`X + F(c) aᵀ` with a learned a ∈ Rⁿ), `"hyper_connections"`
+            (arXiv 2409.19606) or `"manifold_hyper_connections"` (arXiv 2512.24880).
         num_value_channels (`int`, *optional*):
-            Number n of value channels; 4 for the delta residual and 1 for the additive one if None.
+            Number n of value channels, or streams; 1 for the additive residual and 4 for the others if None.
+        num_delta_steps (`int`, defaults to 1):
+            Number of rewrites per sublayer, one after another: `F(c)` then outputs as many directions, each with its
+            gate and target (DeltaProduct, arXiv 2502.10297, over depth). Only for `"delta"` and `"write_only"`.
         compressor (`"channel"` or `"token"`, *optional*):
             How the n channels are read into the width `hidden_size` of a sublayer: a per-feature mixing of the current
             token's channels (DDL-CC) or a causal convolution over tokens (DDL-TC). `"channel"` if None and n > 1.
@@ -91,9 +97,10 @@ class DDLConfig(LlamaConfig):
             Taps over channels (at most n; n if None) or over tokens (4 if None). Only for n > 1.
         share_compressor (`bool`, *optional*):
             Whether the attention and the MLP sublayer of a layer share one compressor; True if None. Only for n > 1.
+            Hyper-connections read with weights of their own, and the compressor at the end only.
         embedding_conv (`bool`, *optional*):
             Whether token embeddings are expanded to n channels by a causal convolution over tokens (EC) instead of by
-            repetition; True if None and n > 1.
+            repetition; if None, True for n > 1, but for hyper-connections, which define repetition.
         embedding_conv_kernel_size (`int`, *optional*):
             Taps of that convolution; 4 if None. Only with `embedding_conv`.
         gate_init (`float`, defaults to 0.2):
@@ -142,8 +149,16 @@ class DDLConfig(LlamaConfig):
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = True
 
-    residual_type: Literal["delta", "additive"] = "delta"
+    residual_type: Literal[
+        "delta",
+        "write_only",
+        "additive",
+        "expanded_additive",
+        "hyper_connections",
+        "manifold_hyper_connections",
+    ] = "delta"
     num_value_channels: int | None = None
+    num_delta_steps: int = 1
     compressor: Literal["channel", "token"] | None = None
     compressor_kernel_size: int | None = None
     share_compressor: bool | None = None
@@ -173,7 +188,7 @@ class DDLConfig(LlamaConfig):
             )
 
         if self.num_value_channels is None:
-            self.num_value_channels = 4 if self.residual_type == "delta" else 1
+            self.num_value_channels = 1 if self.residual_type == "additive" else 4
         if self.num_value_channels > 1:
             if self.compressor is None:
                 self.compressor = "channel"
@@ -182,7 +197,7 @@ class DDLConfig(LlamaConfig):
             if self.share_compressor is None:
                 self.share_compressor = True
             if self.embedding_conv is None:
-                self.embedding_conv = True
+                self.embedding_conv = not self.reads_by_residual
             if self.embedding_conv and self.embedding_conv_kernel_size is None:
                 self.embedding_conv_kernel_size = 4
 
@@ -220,6 +235,16 @@ class DDLConfig(LlamaConfig):
         """Per layer, what transformers' caches must hold: attention alone or also inputs of convolutions."""
         hybrid_layers = self.num_hidden_layers if self.compressor == "token" else int(bool(self.embedding_conv))
         return ["hybrid"] * hybrid_layers + ["full_attention"] * (self.num_hidden_layers - hybrid_layers)
+
+    @property
+    def has_gates(self) -> bool:
+        """Whether the residual is a gated rank-1 write."""
+        return self.residual_type in ("delta", "write_only")
+
+    @property
+    def reads_by_residual(self) -> bool:
+        """Whether the residual also computes what a sublayer reads, in place of a compressor."""
+        return self.residual_type in ("hyper_connections", "manifold_hyper_connections")
 
     @property
     def num_hidden_states(self) -> int:
@@ -268,6 +293,7 @@ class DDLConfig(LlamaConfig):
             "head_dim",
             "max_position_embeddings",
             "num_value_channels",
+            "num_delta_steps",
             "compressor_kernel_size",
             "embedding_conv_kernel_size",
             "gate_hidden_size",
@@ -291,9 +317,21 @@ class DDLConfig(LlamaConfig):
 
     def validate_residual(self):
         """Checks the options of the residual state, its gate and its target."""
-        if self.residual_type == "additive" and self.num_value_channels != 1:
+        allowed = {"delta": "at least 1", "write_only": "at least 1", "additive": "1"}.get(
+            self.residual_type, "at least 2"
+        )
+        if (allowed == "1") != (self.num_value_channels == 1) and allowed != "at least 1":
             raise ValueError(
-                f"num_value_channels must be 1 for residual_type='additive', got {self.num_value_channels}"
+                f"num_value_channels must be {allowed} for residual_type={self.residual_type!r}, "
+                f"got {self.num_value_channels}"
+            )
+        if self.num_delta_steps > 1 and not self.has_gates:
+            raise ValueError(
+                f"num_delta_steps must be 1 for residual_type={self.residual_type!r}, got {self.num_delta_steps}"
+            )
+        if self.reads_by_residual and self.compressor == "token":
+            raise ValueError(
+                f"compressor must be None or 'channel' for residual_type={self.residual_type!r}, got 'token'"
             )
         if self.num_value_channels == 1:
             for name in (

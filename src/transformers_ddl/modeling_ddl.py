@@ -28,6 +28,7 @@ one reads from the state (`begin_sublayer`), so that kernels can do both in one 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaMLP,
@@ -90,7 +92,12 @@ class DDLRotaryEmbedding(LlamaRotaryEmbedding):
 
 
 def delta_rewrite(
-    state: torch.Tensor, direction: torch.Tensor, target: torch.Tensor, gate: torch.Tensor, key_eps: float
+    state: torch.Tensor,
+    direction: torch.Tensor,
+    target: torch.Tensor,
+    gate: torch.Tensor,
+    key_eps: float,
+    erase: bool = True,
 ) -> torch.Tensor:
     """
     The delta rewrite `X' = X + β k (vᵀ − kᵀX)` with `k = k̃ / sqrt(‖k̃‖² + ε²)` (paper §2).
@@ -101,6 +108,7 @@ def delta_rewrite(
         target (`[batch, sequence, n]`): v.
         gate (`[batch, sequence]`): β.
         key_eps (`float`): ε.
+        erase (`bool`): Without, what the state holds along k stays: `X' = X + β k vᵀ` (spec §6).
 
     Returns:
         `[batch, sequence, n, hidden_size]`, in the dtype of `state`, computed in at least float32.
@@ -108,41 +116,46 @@ def delta_rewrite(
     direction = upcast(direction)
     key = direction * torch.rsqrt(direction.square().sum(-1, keepdim=True) + key_eps**2)
     key = key.unsqueeze(-2)
-    readout = (state * key).sum(-1)
-    write = gate.unsqueeze(-1) * (target - readout)
+    error = target - (state * key).sum(-1) if erase else target
+    write = gate.unsqueeze(-1) * error
     return (state + write.unsqueeze(-1) * key).to(state.dtype)
+
+
+# What a sublayer writes into the state. The module of a residual type computes the weights of the write from what the
+# sublayer reads, the function that goes with it carries the write out (`RESIDUALS`).
 
 
 class DDLDeltaResidual(nn.Module):
     """
-    Gate and target of a sublayer's delta rewrite: `β = 2σ(w·c + b)` or `β = 2σ(w·tanh(W₁c + b₁) + b)` (paper §2) and
-    `v = scale · a(W x + b)`.
+    Gate and target of a sublayer's delta rewrites: `β = 2σ(w·c + b)` or `β = 2σ(w·tanh(W₁c + b₁) + b)` (paper §2) and
+    `v = scale · a(W x + b)`, for each of the `num_delta_steps` directions that the sublayer outputs.
     """
 
-    def __init__(self, config: DDLConfig):
+    def __init__(self, config: DDLConfig, sublayer_idx: int):
         super().__init__()
         self.config = config
         if config.gate_hidden_size is not None:
             self.beta_hidden_proj = nn.Linear(config.hidden_size, config.gate_hidden_size)
-        self.beta_proj = nn.Linear(config.gate_hidden_size or config.hidden_size, 1)
+        self.beta_proj = nn.Linear(config.gate_hidden_size or config.hidden_size, config.num_delta_steps)
+        self.num_values = config.num_delta_steps * config.num_value_channels
         if config.value_activation != "constant":
-            self.value_proj = nn.Linear(config.hidden_size, config.num_value_channels, bias=config.value_bias)
+            self.value_proj = nn.Linear(config.hidden_size, self.num_values, bias=config.value_bias)
 
     def gate(self, context: torch.Tensor) -> torch.Tensor:
-        """β `[batch, sequence]` in at least float32, from the normalised context c `[batch, sequence, hidden_size]`."""
+        """β `[batch, sequence, steps]` in at least float32, from the normalised context `[batch, sequence, hidden_size]`."""
         if self.config.gate_hidden_size is not None:
             context = torch.tanh(self.beta_hidden_proj(context))
         # Near 0 and 2 the gate is decided by small differences between logits: they are computed in float32 (§2),
         # unless the weights themselves were cast to less.
         with maybe_autocast(device_type=context.device.type, enabled=False):
             logits = self.beta_proj(context.to(self.beta_proj.bias.dtype))
-        return 2 * torch.sigmoid(upcast(logits)).squeeze(-1)
+        return 2 * torch.sigmoid(upcast(logits))
 
     def target(self, hidden_states: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """v `[batch, sequence, n]` in at least float32, from x or c `[batch, sequence, hidden_size]`."""
+        """v `[batch, sequence, steps · n]` in at least float32, from x or c `[batch, sequence, hidden_size]`."""
         config = self.config
         if config.value_activation == "constant":
-            return upcast(context).new_full((*context.shape[:-1], config.num_value_channels), config.value_scale)
+            return upcast(context).new_full((*context.shape[:-1], self.num_values), config.value_scale)
         value = upcast(self.value_proj(hidden_states if config.value_input == "residual" else context))
         if config.value_activation == "sigmoid":
             value = torch.sigmoid(value)
@@ -150,6 +163,117 @@ class DDLDeltaResidual(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.target(hidden_states, context), self.gate(context)
+
+
+def write_delta(
+    config: DDLConfig, state: torch.Tensor, output: torch.Tensor, target: torch.Tensor, gate: torch.Tensor
+) -> torch.Tensor:
+    """One [`delta_rewrite`] for each direction in `output` `[batch, sequence, steps · hidden_size]`, one after another."""
+    steps = config.num_delta_steps
+    for direction, step_target, step_gate in zip(output.chunk(steps, -1), target.chunk(steps, -1), gate.unbind(-1)):
+        erase = config.residual_type == "delta"
+        state = delta_rewrite(state, direction, step_target, step_gate, config.key_eps, erase)
+    return state
+
+
+class DDLAdditiveResidual(nn.Module):
+    """`X ← X + a F(c)ᵀ` with a learned `a ∈ Rⁿ` that starts at 1 (spec §6), or, for n = 1, the plain `x + F(c)`."""
+
+    def __init__(self, config: DDLConfig, sublayer_idx: int):
+        super().__init__()
+        if config.residual_type == "expanded_additive":
+            self.amplitude = nn.Parameter(torch.empty(config.num_value_channels))
+        else:
+            self.amplitude = None
+
+    def forward(self, hidden_states: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # A copy, as the write is made where FSDP may have freed the parameters of this layer
+        return () if self.amplitude is None else (self.amplitude.clone(),)
+
+
+def write_additive(
+    config: DDLConfig, state: torch.Tensor, output: torch.Tensor, amplitude: torch.Tensor | None = None
+) -> torch.Tensor:
+    output = output.unsqueeze(-2)
+    if amplitude is None:
+        return state + output
+    return (state + upcast(amplitude).unsqueeze(-1) * output).to(state.dtype)
+
+
+class DDLHyperConnection(nn.Module):
+    """
+    Hyper-Connections (arXiv 2409.19606, the dynamic form): from the normalised streams of a token come the weights with
+    which they are read for the sublayer, mixed among themselves, and written to with its output,
+
+        x = aᵀX,    X ← MᵀX + b F(c)ᵀ,    (b, a, M) = static + scale ∘ tanh(W RMSNorm(X)).
+
+    At the start, each sublayer reads one stream, in turn, none are mixed, and all are written to alike.
+    """
+
+    def __init__(self, config: DDLConfig, sublayer_idx: int):
+        super().__init__()
+        n = config.num_value_channels
+        self.first_stream = sublayer_idx % n
+        self.norm = DDLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.static = nn.Parameter(torch.empty(n, n + 2))  # columns: b, a, M
+        self.dynamic = nn.Parameter(torch.empty(n + 2, config.hidden_size))
+        self.scale = nn.Parameter(torch.empty(2))  # of b, of a and M
+
+    def forward(self, state: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """
+        Returns what the sublayer reads `[batch, sequence, hidden_size]` and the weights of its write, b `[batch, sequence,
+        n]` and M `[batch, sequence, n, n]`, in at least float32.
+        """
+        n = state.shape[2]
+        scale = torch.cat([self.scale[:1], self.scale[1:].expand(n + 1)])
+        weights = upcast(self.static + scale * torch.tanh(F.linear(self.norm(state), self.dynamic)))
+        write, read, mixing = weights.split([1, 1, n], dim=-1)
+        return (read * state).sum(2).to(state.dtype), (write.squeeze(-1), mixing)
+
+
+class DDLManifoldHyperConnection(DeepseekV4HyperConnection):
+    """
+    Manifold-constrained Hyper-Connections (arXiv 2512.24880), as in DeepSeek-V4: the mixing of streams is doubly
+    stochastic. Starts, up to the small scale of the dynamic weights, as the addition to all streams of what their mean
+    leads to.
+    """
+
+    def __init__(self, config: DDLConfig, sublayer_idx: int):
+        super().__init__(
+            SimpleNamespace(
+                hidden_size=config.hidden_size,
+                hc_mult=config.num_value_channels,
+                hc_sinkhorn_iters=20,
+                hc_eps=1e-6,
+                rms_norm_eps=config.rms_norm_eps,
+            )
+        )
+
+    def forward(self, state: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """As [`DDLHyperConnection`]'s, in float32."""
+        write, mixing, hidden_states = super().forward(state.contiguous())
+        return hidden_states, (write, mixing)
+
+
+def write_streams(
+    config: DDLConfig, state: torch.Tensor, output: torch.Tensor, write: torch.Tensor, mixing: torch.Tensor
+) -> torch.Tensor:
+    """`X ← MᵀX + b F(c)ᵀ`, for b `[batch, sequence, n]` and M `[batch, sequence, n, n]`."""
+    # Sums written out fuse into one kernel under `torch.compile`, products of many 4 × 4 matrices do not
+    new_state = write.unsqueeze(-1) * output.unsqueeze(-2)
+    for stream in range(state.shape[2]):
+        new_state = new_state + mixing[:, :, stream].unsqueeze(-1) * state[:, :, stream].unsqueeze(-2)
+    return new_state.to(state.dtype)
+
+
+RESIDUALS = {
+    "delta": (DDLDeltaResidual, write_delta),
+    "write_only": (DDLDeltaResidual, write_delta),
+    "additive": (DDLAdditiveResidual, write_additive),
+    "expanded_additive": (DDLAdditiveResidual, write_additive),
+    "hyper_connections": (DDLHyperConnection, write_streams),
+    "manifold_hyper_connections": (DDLManifoldHyperConnection, write_streams),
+}
 
 
 def left_align_padding(hidden_states: torch.Tensor, token_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -311,14 +435,33 @@ class DDLScalarCompressor(nn.Module):
 COMPRESSORS = {None: DDLScalarCompressor, "channel": DDLChannelCompressor, "token": DDLTokenCompressor}
 
 
+def widen(linear: nn.Linear, factor: int) -> nn.Linear:
+    """A new map with `factor` times the outputs."""
+    return nn.Linear(linear.in_features, factor * linear.out_features, bias=linear.bias is not None)
+
+
+class DDLMLP(LlamaMLP):
+    """Llama's MLP with `num_delta_steps` outputs, side by side."""
+
+    def __init__(self, config: DDLConfig):
+        super().__init__(config)
+        if config.num_delta_steps > 1:
+            self.down_proj = widen(self.down_proj, config.num_delta_steps)
+
+
 class DDLAttention(LlamaAttention):
-    """Llama's attention with an optional RMSNorm over each query and key head, before or after the rotary embedding."""
+    """
+    Llama's attention with an optional RMSNorm over each query and key head, before or after the rotary embedding, and
+    `num_delta_steps` outputs, side by side.
+    """
 
     def __init__(self, config: DDLConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         if config.qk_norm is not None:
             self.q_norm = DDLRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = DDLRMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        if config.num_delta_steps > 1:
+            self.o_proj = widen(self.o_proj, config.num_delta_steps)
 
     def forward(
         self,
@@ -364,43 +507,41 @@ class DDLAttention(LlamaAttention):
 def begin_sublayer(
     config: DDLConfig,
     state: torch.Tensor,
-    write: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
-    compressor: nn.Module,
+    write: tuple[torch.Tensor, ...],
+    compressor: nn.Module | None,
     norm: DDLRMSNorm,
-    residual: DDLDeltaResidual | None,
+    residual: nn.Module | None,
     history: tuple[torch.Tensor, ...],
     output_hidden_states: bool,
     **compressor_kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, tuple, tuple[torch.Tensor, ...]]:
     """
-    Carries out the write of the sublayer before, `(direction, target, gate)` or Nones where there is none, and reads the
-    state for the next, whose residual is `residual` (None at the readout). `history` is what the fused kernels need to
-    rebuild states in their backward pass.
+    Carries out the write of the sublayer before, its output and the weights that its residual gave, and reads the state
+    for the next. `write` is empty before the first sublayer, `residual` None at the readout. `history` is what the fused
+    kernels need to rebuild states in their backward pass.
 
     Returns:
         state (`[batch, sequence, n, hidden_size]`): X.
         hidden_states (`[batch, sequence, hidden_size]`): x = C(X); None from the fused kernels.
         context (`[batch, sequence, hidden_size]`): c, the input of the next sublayer.
-        heads (`[batch, sequence, n]`, `[batch, sequence]`): target and gate of the next sublayer's write.
+        weights: of the next sublayer's write.
         history: what it is for the next boundary.
     """
-    direction, target, gate = write
-    token_local = config.residual_type == "delta" and config.compressor != "token"
-    if token_local and not output_hidden_states and can_fuse(state, residual):
+    if not output_hidden_states and can_fuse(config, state, residual):
         mixing = compressor.mixing() if config.compressor == "channel" else None
-        state, context, *heads, history = fused_boundary(
-            state, direction, target, gate, mixing, norm, residual, config.key_eps, history
-        )
-        return state, None, context, tuple(heads), history
+        state, context, weights, history = fused_boundary(config, state, write, mixing, norm, residual, history)
+        return state, None, context, weights, history
 
-    if direction is not None and config.residual_type == "additive":
-        state = state + direction.unsqueeze(-2)
-    elif direction is not None:
-        state = delta_rewrite(state, direction, target, gate, config.key_eps)
+    if write:
+        _, carry_out = RESIDUALS[config.residual_type]
+        state = carry_out(config, state, *write)
+    if isinstance(residual, (DDLHyperConnection, DDLManifoldHyperConnection)):
+        hidden_states, weights = residual(state)
+        return state, hidden_states, norm(hidden_states), weights, ()
     hidden_states = compressor(state, **compressor_kwargs)
     context = norm(hidden_states)
-    heads = (None, None) if residual is None else residual(hidden_states, context)
-    return state, hidden_states, context, heads, ()
+    weights = () if residual is None else residual(hidden_states, context)
+    return state, hidden_states, context, weights, ()
 
 
 class DDLDecoderLayer(GradientCheckpointingLayer):
@@ -409,20 +550,22 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
         self.config = config
         self.layer_idx = layer_idx
         self.self_attn = DDLAttention(config, layer_idx)
-        self.mlp = LlamaMLP(config)
+        self.mlp = DDLMLP(config)
         self.input_layernorm = DDLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = DDLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.compressor = COMPRESSORS[config.compressor](config)
-        self.mlp_compressor = None if config.share_compressor else COMPRESSORS[config.compressor](config)
-        self.attn_residual = DDLDeltaResidual(config) if config.residual_type == "delta" else None
-        self.mlp_residual = DDLDeltaResidual(config) if config.residual_type == "delta" else None
+        self.compressor = self.mlp_compressor = None
+        if not config.reads_by_residual:
+            self.compressor = COMPRESSORS[config.compressor](config)
+            if not config.share_compressor:
+                self.mlp_compressor = COMPRESSORS[config.compressor](config)
+        residual_class, _ = RESIDUALS[config.residual_type]
+        self.attn_residual = residual_class(config, 2 * layer_idx)
+        self.mlp_residual = residual_class(config, 2 * layer_idx + 1)
 
     def forward(
         self,
         state: torch.Tensor,
-        direction: torch.Tensor | None,
-        target: torch.Tensor | None,
-        gate: torch.Tensor | None,
+        *write: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -433,12 +576,11 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
         history: tuple[torch.Tensor, ...] = (),
         output_hidden_states: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor | None, ...]:
+    ) -> tuple[torch.Tensor | tuple | None, ...]:
         """
-        Takes and returns the state `[batch, sequence, n, hidden_size]` and the write that is still to be made: direction
-        `[batch, sequence, hidden_size]`, target `[batch, sequence, n]`, gate `[batch, sequence]`. The fifth output is
-        what the layer read from the state, `[batch, sequence, hidden_size]`: its entry in `hidden_states`. The last one is
-        `history`.
+        Takes the state `[batch, sequence, n, hidden_size]` and the write that is still to be made into it: the output of the
+        sublayer before, `[batch, sequence, hidden_size]`, and what its residual returned. Returns the state, what the layer
+        read from it, `[batch, sequence, hidden_size]` (its entry in `hidden_states`), `history`, and its own last write.
         """
         # Checkpointing stores what goes into a layer: the state alone is enough
         if self.gradient_checkpointing and self.training:
@@ -452,10 +594,10 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
         }
 
         # Self Attention
-        state, layer_input, context, heads, history = begin_sublayer(
+        state, layer_input, context, weights, history = begin_sublayer(
             self.config,
             state,
-            (direction, target, gate),
+            write,
             self.compressor,
             self.input_layernorm,
             self.attn_residual,
@@ -463,7 +605,7 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
             state_idx=0,
             **read_kwargs,
         )
-        direction, _ = self.self_attn(
+        output, _ = self.self_attn(
             hidden_states=context,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -474,10 +616,10 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
         )
 
         # Fully Connected
-        state, _, context, heads, history = begin_sublayer(
+        state, _, context, weights, history = begin_sublayer(
             self.config,
             state,
-            (direction, *heads),
+            (output, *weights),
             self.compressor if self.mlp_compressor is None else self.mlp_compressor,
             self.post_attention_layernorm,
             self.mlp_residual,
@@ -485,8 +627,7 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
             state_idx=1,
             **read_kwargs,
         )
-        direction = self.mlp(context)
-        return state, direction, *heads, layer_input, history
+        return state, layer_input, history, self.mlp(context), *weights
 
 
 @dataclass
@@ -503,7 +644,7 @@ class DDLPreTrainedModel(LlamaPreTrainedModel):
     _no_split_modules = ["DDLDecoderLayer"]
     _can_record_outputs = {
         "hidden_states": DDLHiddenStatesRecorder(
-            DDLDecoderLayer, index=4, class_name=".readout", capture_initial_hidden_state=False
+            DDLDecoderLayer, index=1, class_name=".readout", capture_initial_hidden_state=False
         ),
         "attentions": DDLAttention,
     }
@@ -529,13 +670,28 @@ class DDLPreTrainedModel(LlamaPreTrainedModel):
             self._init_weights_as_authors(module)
 
         # Parameters that define a starting point rather than a distribution
+        n = self.config.num_value_channels
         if isinstance(module, DDLDeltaResidual):
             gate_init = self.config.gate_init / 2
             init.constant_(module.beta_proj.bias, math.log(gate_init / (1 - gate_init)))
+        elif isinstance(module, DDLAdditiveResidual) and module.amplitude is not None:
+            init.ones_(module.amplitude)
+        elif isinstance(module, DDLHyperConnection):
+            static = torch.cat([torch.ones(n, 1), torch.zeros(n, 1), torch.eye(n)], dim=1)
+            static[module.first_stream, 1] = 1
+            init.copy_(module.static, static)
+            init.zeros_(module.dynamic)
+            init.constant_(module.scale, 0.01)
+        elif isinstance(module, DDLManifoldHyperConnection):
+            # Sigmoids of 1/n to read and 1 = 2σ(0) to write with; mixing weights e⁴ : 1 in favour of a stream itself
+            base = torch.cat([torch.full((n,), -math.log(n - 1)), torch.zeros(n), 4 * torch.eye(n).flatten()])
+            init.copy_(module.base, base)
+            init.normal_(module.fn, std=self.config.initializer_range)
+            init.constant_(module.scale, 0.01)
         elif isinstance(module, DDLEmbeddingConvolution):
             init.copy_(module.weight, unit_kernel_like(module.weight, tap=-1))
         elif isinstance(module, (DDLTokenCompressor, DDLChannelCompressor)):
-            init.constant_(module.read, 1 / self.config.num_value_channels)
+            init.constant_(module.read, 1 / n)
             if self.config.init_scheme == "default":
                 tap = -1 if isinstance(module, DDLTokenCompressor) else module.current_tap
                 init.copy_(module.weight, unit_kernel_like(module.weight, tap))
@@ -579,7 +735,7 @@ class DDLModel(DDLPreTrainedModel):
         self.rotary_emb = DDLRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         # Kept in float32 by `from_pretrained(dtype=...)`, and out of quantisation
-        self._keep_in_fp32_modules_strict = ["beta_proj"] if config.residual_type == "delta" else None
+        self._keep_in_fp32_modules_strict = ["beta_proj"] if config.has_gates else None
 
         # Initialize weights and apply final processing
         self.post_init()
@@ -641,9 +797,9 @@ class DDLModel(DDLPreTrainedModel):
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
             state = state.to(torch.get_autocast_dtype(device_type))
 
-        write, history = (None, None, None), ()
+        write, history = (), ()
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:
-            state, *write, _, history = decoder_layer(
+            state, _, history, *write = decoder_layer(
                 state,
                 *write,
                 attention_mask=attention_mask,

@@ -17,6 +17,7 @@ import os
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.utils.import_utils import is_triton_available
 
 
@@ -34,84 +35,97 @@ def load_kernels():
         from .ops_triton_ddl import boundary_op  # noqa: F401
 
 
-def can_fuse(state: torch.Tensor, residual: nn.Module | None) -> bool:
+def can_fuse(config: PreTrainedConfig, state: torch.Tensor, residual: nn.Module | None) -> bool:
     """
     Whether the fused kernels can compute the boundary before a sublayer: with Triton, on a GPU, for a state
-    `[batch, sequence, n, hidden_size]` in float32, bfloat16 or float16 and gate and value maps that are plain linear
-    layers (not wrapped by an adapter, say). The environment variable `TRANSFORMERS_DDL_KERNELS` overrides the device:
-    0 always takes the PyTorch path, 1 takes the kernels on a CPU too (Triton's interpreter).
+    `[batch, sequence, n, hidden_size]` in float32, bfloat16 or float16, one write of rank 1, compression over channels, and
+    gate and value maps that are plain linear layers (not wrapped by an adapter, say). The environment variable
+    `TRANSFORMERS_DDL_KERNELS` overrides the device: 0 always takes the PyTorch path, 1 takes the kernels on a CPU too
+    (Triton's interpreter).
     """
     kernels = os.environ.get("TRANSFORMERS_DDL_KERNELS", "auto")
     if kernels == "0" or not TRITON_AVAILABLE or not (state.is_cuda or kernels == "1"):
         return False
-    if state.dtype not in (torch.float32, torch.bfloat16, torch.float16) or state.shape[2] > MAX_VALUE_CHANNELS:
+    if config.residual_type not in ("delta", "write_only", "expanded_additive") or config.compressor == "token":
         return False
-    if residual is None:
+    if config.num_delta_steps > 1 or config.num_value_channels > MAX_VALUE_CHANNELS:
+        return False
+    if state.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if residual is None or not config.has_gates:
         return True
     linears = [module for name, module in residual.named_children() if name in ("beta_proj", "value_proj")]
-    return residual.config.gate_hidden_size is None and all(type(module) is nn.Linear for module in linears)
+    return config.gate_hidden_size is None and all(type(module) is nn.Linear for module in linears)
 
 
 def fused_boundary(
+    config: PreTrainedConfig,
     state: torch.Tensor,
-    direction: torch.Tensor | None,
-    target: torch.Tensor | None,
-    gate: torch.Tensor | None,
+    write: tuple[torch.Tensor, ...],
     mixing: torch.Tensor | None,
     norm: nn.Module,
     residual: nn.Module | None,
-    key_eps: float,
     history: tuple[torch.Tensor, ...],
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None, torch.Tensor | None, tuple[torch.Tensor, ...]]:
+) -> tuple[torch.Tensor | None, torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """
-    The boundary between two sublayers in one kernel: `delta_rewrite`, compression by `mixing` `[n, hidden_size]` (None for
-    n = 1), RMSNorm and the heads of `residual` (None at the readout, which needs no new state either).
+    The boundary between two sublayers in one kernel: the write of the one, compression by `mixing` `[n, hidden_size]`
+    (None for n = 1), RMSNorm and the weights of `residual` for the write of the other (None at the readout, which needs no
+    new state either).
 
     The backward pass needs the state, which is not kept for it at every boundary: `history` holds an earlier state and
     what has been written since, from which it is rebuilt. It is begun anew when it is full.
 
     Returns:
-        The new state (None at the readout), the context, the target and the gate, shaped as `DDLDeltaResidual` says, and the
+        The new state (None at the readout), the context, the weights of the next write, as `begin_sublayer` says, and the
         history for the next boundary.
     """
     from .ops_triton_ddl import VALUE_ACTIVATIONS, boundary_op
 
     batch_shape = state.shape[:2]
-    value_proj = getattr(residual, "value_proj", None)
-    state, *write = [
-        None if tensor is None else tensor.flatten(0, 1).contiguous() for tensor in (state, direction, target, gate)
-    ]
+    state = state.flatten(0, 1).contiguous()
+    direction = target = gate = amplitude = None
+    if write:
+        direction = write[0].flatten(0, 1).contiguous()
+        if config.has_gates:
+            target, gate = write[1].flatten(0, 1).contiguous(), write[2].flatten().contiguous()
+        else:
+            amplitude = write[1]
+    heads = residual if config.has_gates else None
+    value_proj = getattr(heads, "value_proj", None)
     if not history or len(history) > 1 + 3 * NUM_REPLAYS:
         history = (state.detach(),)
     snapshot, *replays = history
     new_state, context, new_target, new_gate, _, written, inv_key_norm, _ = boundary_op(
         state,
-        *write,
+        direction,
+        target,
+        gate,
+        amplitude,
         mixing,
         norm.weight,
         None if value_proj is None else value_proj.weight,
         None if value_proj is None else value_proj.bias,
-        None if residual is None else residual.beta_proj.weight.squeeze(0),
-        None if residual is None else residual.beta_proj.bias,
+        None if heads is None else heads.beta_proj.weight.squeeze(0),
+        None if heads is None else heads.beta_proj.bias,
         snapshot,
         replays,
-        key_eps,
+        config.key_eps,
         norm.variance_epsilon,
-        1.0 if residual is None else float(residual.config.value_scale),
-        VALUE_ACTIVATIONS["constant" if residual is None else residual.config.value_activation],
-        residual is not None and residual.config.value_input == "context",
+        float(config.value_scale),
+        VALUE_ACTIVATIONS[config.value_activation],
+        config.value_input == "context",
+        config.residual_type == "delta",
+        residual is not None,
     )
     context = context.unflatten(0, batch_shape)
     if residual is None:
-        return None, context, None, None, ()
+        return None, context, (), ()
     if direction is None:
         new_state = state
     else:
-        history = (*history, write[0].detach(), inv_key_norm, written)
-    return (
-        new_state.unflatten(0, batch_shape),
-        context,
-        new_target.unflatten(0, batch_shape),
-        new_gate.unflatten(0, batch_shape),
-        history,
-    )
+        history = (*history, direction.detach(), inv_key_norm, written)
+    if heads is not None:
+        weights = (new_target.unflatten(0, batch_shape), new_gate.unflatten(0, batch_shape).unsqueeze(-1))
+    else:
+        weights = residual(None, context)
+    return new_state.unflatten(0, batch_shape), context, weights, history

@@ -17,7 +17,9 @@ and target that begin the next, so that the state is read once and written once 
 
 Notation of the kernels, per token (d the hidden size, n the number of value channels):
 
-    X [n, d] state, k̃ [d] direction, v [n] target, β gate of the ending sublayer;
+    X [n, d] state, k̃ [d] direction, v [n] target, β gate, a [n] amplitude of the ending sublayer, which writes
+    X ← X + k wᵀ with k = k̃ / ‖k̃‖ and w = β (v − Xᵀk) for the delta residual (ERASE), β v without erasing, and
+    a ‖k̃‖ for the expanded additive one;
     C [n, d] mixing of the compressor, g [d] weight of the RMSNorm, (w_b, b_b) gate map, (W_v, b_v) value map of the
     beginning one.
 """
@@ -98,6 +100,22 @@ def add(values, others, LENGTH: tl.constexpr):
     for i in tl.static_range(LENGTH):
         results = results + (values[i] + others[i],)
     return results
+
+
+@triton.jit
+def subtract(values, others, LENGTH: tl.constexpr):
+    results = ()
+    for i in tl.static_range(LENGTH):
+        results = results + (values[i] - others[i],)
+    return results
+
+
+@triton.jit
+def dot(values, others, LENGTH: tl.constexpr):
+    total = values[0] * others[0]
+    for i in tl.static_range(1, LENGTH):
+        total += values[i] * others[i]
+    return total
 
 
 @triton.jit
@@ -197,6 +215,7 @@ def boundary_forward_kernel(
     direction_ptr,
     target_ptr,
     gate_ptr,
+    amplitude_ptr,
     mixing_ptr,
     norm_weight_ptr,
     value_weight_ptr,
@@ -207,7 +226,7 @@ def boundary_forward_kernel(
     context_ptr,
     new_target_ptr,
     new_gate_ptr,
-    error_ptr,
+    readout_ptr,
     write_ptr,
     inv_key_norm_ptr,
     rstd_ptr,
@@ -222,6 +241,8 @@ def boundary_forward_kernel(
     BLOCK_D: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     HAS_WRITE: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    ERASE: tl.constexpr,
     STORE_STATE: tl.constexpr,
     HAS_MIXING: tl.constexpr,
     HAS_HEADS: tl.constexpr,
@@ -234,20 +255,27 @@ def boundary_forward_kernel(
         state = load_vectors(state_ptr + token * state_token_stride, state_channel_stride, N, D, BLOCK_D, NUM_BLOCKS)
         if HAS_WRITE:
             direction = load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
-            target = load_scalars(target_ptr + token * N, N)
-            gate = tl.load(gate_ptr + token)
-            terms = multiply(state, direction, N, NUM_BLOCKS) + multiply(direction, direction, 1, NUM_BLOCKS)
-            sums = sums_over_features(terms, N + 1, NUM_BLOCKS)
-            inv_key_norm = 1.0 / tl.sqrt(sums[N] + key_eps * key_eps)
+            terms = multiply(direction, direction, 1, NUM_BLOCKS)
+            if ERASE:
+                terms = terms + multiply(state, direction, N, NUM_BLOCKS)
+            sums = sums_over_features(terms, N + 1 if ERASE else 1, NUM_BLOCKS)
+            key_norm = tl.sqrt(sums[0] + key_eps * key_eps)
+            inv_key_norm = 1.0 / key_norm
             key = scale(direction, inv_key_norm, NUM_BLOCKS)
-            error = ()  # r = v − Xᵀk
+            write = ()
             for j in tl.static_range(N):
-                error = error + (target[j] - sums[j] * inv_key_norm,)
-            write = scale(error, gate, N)
+                if HAS_GATE:
+                    error = tl.load(target_ptr + token * N + j)
+                    if ERASE:
+                        readout = sums[1 + j] * inv_key_norm
+                        tl.store(readout_ptr + token * N + j, readout)
+                        error -= readout
+                    write = write + (tl.load(gate_ptr + token) * error,)
+                else:
+                    write = write + (tl.load(amplitude_ptr + j).to(tl.float32) * key_norm,)
             state = add_multiples(state, write, key, N, NUM_BLOCKS)
             if STORE_STATE:
                 store_vectors(new_state_ptr + token * (N * D), state, N, D, BLOCK_D, NUM_BLOCKS)
-            store_scalars(error_ptr + token * N, error, N)
             store_scalars(write_ptr + token * N, write, N)
             tl.store(inv_key_norm_ptr + token, inv_key_norm)
 
@@ -320,7 +348,8 @@ def boundary_backward_kernel(
     direction_ptr,
     target_ptr,
     gate_ptr,
-    error_ptr,
+    amplitude_ptr,
+    readout_ptr,
     inv_key_norm_ptr,
     mixing_ptr,
     norm_weight_ptr,
@@ -338,7 +367,7 @@ def boundary_backward_kernel(
     grad_target_ptr,
     grad_gate_ptr,
     grad_rows_ptr,  # per program: [2n + 2, d] sums of the gradients of mixing, value map, norm weight, gate map
-    grad_biases_ptr,  # per program: [n + 1] sums of the gradients of value bias and gate bias
+    grad_scalars_ptr,  # per program: [2n + 1] sums of the gradients of value bias, gate bias and amplitude
     num_tokens,
     snapshot_token_stride,
     snapshot_channel_stride,
@@ -350,6 +379,8 @@ def boundary_backward_kernel(
     NUM_REPLAYS: tl.constexpr,
     HAS_GRAD_STATE: tl.constexpr,
     HAS_WRITE: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    ERASE: tl.constexpr,
     HAS_MIXING: tl.constexpr,
     HAS_HEADS: tl.constexpr,
     VALUE_FROM_CONTEXT: tl.constexpr,
@@ -360,8 +391,10 @@ def boundary_backward_kernel(
     sum_norm_weight = zeros(NUM_BLOCKS, BLOCK_D)
     sum_gate_weight = zeros(NUM_BLOCKS, BLOCK_D)
     sum_value_bias = ()
+    sum_amplitude = ()
     for j in tl.static_range(N):
         sum_value_bias = sum_value_bias + (0.0,)
+        sum_amplitude = sum_amplitude + (0.0,)
     sum_gate_bias = 0.0
 
     program = tl.program_id(0).to(tl.int64)
@@ -427,10 +460,18 @@ def boundary_backward_kernel(
             key = scale(
                 load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS), inv_key_norm, NUM_BLOCKS
             )
-            gate = tl.load(gate_ptr + token)
-            error = load_scalars(error_ptr + token * N, N)
-            target = load_scalars(target_ptr + token * N, N)
-            new_state = add_multiples(state, scale(error, gate, N), key, N, NUM_BLOCKS)
+            key_norm = 1.0 / inv_key_norm
+            if HAS_GATE:
+                gate = tl.load(gate_ptr + token)
+                error = load_scalars(target_ptr + token * N, N)
+                if ERASE:
+                    readout = load_scalars(readout_ptr + token * N, N)
+                    error = subtract(error, readout, N)
+                write = scale(error, gate, N)
+            else:
+                amplitude = load_scalars(amplitude_ptr, N)
+                write = scale(amplitude, key_norm, N)
+            new_state = add_multiples(state, write, key, N, NUM_BLOCKS)
 
         # Gate and target → context and hidden
         hidden = sum_of_products(new_state, mixing, N, NUM_BLOCKS) if HAS_MIXING else new_state
@@ -473,24 +514,26 @@ def boundary_backward_kernel(
         else:
             grad_state = add(grad_state, grad_hidden, NUM_BLOCKS)
 
-        # Delta rewrite (spec §5): ∂v = βp, ∂β = p·r, ∂k = β(Gr − Xp), ∂k̃ = (∂k − k(k·∂k)) / ‖k̃‖, ∂X = G − βkpᵀ
+        # The write (spec §5): p = ∂w = Gᵀk, ∂v = βp, ∂β = p·r, ∂k = Gw − βXp, ∂k̃ = (∂k − k(k·∂k)) / ‖k̃‖,
+        # ∂X = G − βkpᵀ; without erasing, the terms with a β before X or k are absent
         if HAS_WRITE:
-            projected = sums_over_features(multiply(grad_state, key, N, NUM_BLOCKS), N, NUM_BLOCKS)  # p = Gᵀk
-            grad_gate = 0.0
-            along_key = 0.0
-            for j in tl.static_range(N):
-                readout = target[j] - error[j]
-                grad_gate += projected[j] * error[j]
-                along_key += projected[j] * (error[j] - readout)
-            factor = gate * inv_key_norm
-            grad_direction = sum_of_multiples(scale(error, factor, N), grad_state, N, NUM_BLOCKS)
-            read = sum_of_multiples(scale(projected, -factor, N), state, N, NUM_BLOCKS)
-            grad_direction = add(grad_direction, read, NUM_BLOCKS)
-            grad_direction = add_multiples(grad_direction, (-factor * along_key,), key, 1, NUM_BLOCKS)
+            projected = sums_over_features(multiply(grad_state, key, N, NUM_BLOCKS), N, NUM_BLOCKS)
+            along_key = dot(projected, write, N)
+            grad_direction = sum_of_multiples(scale(write, inv_key_norm, N), grad_state, N, NUM_BLOCKS)
+            if ERASE:
+                erased = scale(projected, gate, N)
+                along_key -= dot(erased, readout, N)
+                read = sum_of_multiples(scale(erased, -inv_key_norm, N), state, N, NUM_BLOCKS)
+                grad_direction = add(grad_direction, read, NUM_BLOCKS)
+                grad_state = add_multiples(grad_state, scale(erased, -1.0, N), key, N, NUM_BLOCKS)
+            if HAS_GATE:
+                store_scalars(grad_target_ptr + token * N, scale(projected, gate, N), N)
+                tl.store(grad_gate_ptr + token, dot(projected, error, N))
+            else:  # w = a‖k̃‖
+                along_key -= key_norm * dot(projected, amplitude, N)
+                sum_amplitude = add(sum_amplitude, scale(projected, key_norm, N), N)
+            grad_direction = add_multiples(grad_direction, (-inv_key_norm * along_key,), key, 1, NUM_BLOCKS)
             store_vectors(grad_direction_ptr + token * D, grad_direction, 1, D, BLOCK_D, NUM_BLOCKS)
-            store_scalars(grad_target_ptr + token * N, scale(projected, gate, N), N)
-            tl.store(grad_gate_ptr + token, grad_gate)
-            grad_state = add_multiples(grad_state, scale(projected, -gate, N), key, N, NUM_BLOCKS)
         store_vectors(grad_state_ptr + token * (N * D), grad_state, N, D, BLOCK_D, NUM_BLOCKS)
 
     rows_ptr = grad_rows_ptr + program * (2 * N + 2) * D
@@ -498,8 +541,10 @@ def boundary_backward_kernel(
     store_vectors(rows_ptr + N * D, sum_value_weight, N, D, BLOCK_D, NUM_BLOCKS)
     store_vectors(rows_ptr + 2 * N * D, sum_norm_weight, 1, D, BLOCK_D, NUM_BLOCKS)
     store_vectors(rows_ptr + (2 * N + 1) * D, sum_gate_weight, 1, D, BLOCK_D, NUM_BLOCKS)
-    store_scalars(grad_biases_ptr + program * (N + 1), sum_value_bias, N)
-    tl.store(grad_biases_ptr + program * (N + 1) + N, sum_gate_bias)
+    scalars_ptr = grad_scalars_ptr + program * (2 * N + 1)
+    store_scalars(scalars_ptr, sum_value_bias, N)
+    tl.store(scalars_ptr + N, sum_gate_bias)
+    store_scalars(scalars_ptr + N + 1, sum_amplitude, N)
 
 
 MAX_REPLAYS = 3
@@ -529,9 +574,10 @@ def launch_options(state: torch.Tensor, backward: bool) -> tuple[tuple[int], dic
 
 
 # Every operation takes tokens in one dimension: state `[tokens, n, d]`, direction and context `[tokens, d]`, target
-# `[tokens, n]`, gate `[tokens]`. `direction`, `target` and `gate` are None where there is no write before, and the maps of
-# gate and value where no sublayer begins (at the readout, which needs no new state either). The backward pass rebuilds
-# the state from `snapshot`, an earlier state, and `replays`, (direction, 1/‖k̃‖, write) of the writes since.
+# `[tokens, n]`, gate `[tokens]`. `direction` is None where there is no write before, target and gate, or amplitude `[n]`, where
+# the write is of the other kind, and the maps of gate and value where no gated sublayer begins. The readout needs no new
+# state (`begins_sublayer`). The backward pass rebuilds the state from `snapshot`, an earlier state, and `replays`,
+# (direction, 1/‖k̃‖, write) of the writes since.
 
 
 @torch.library.custom_op(f"{NAMESPACE}::boundary", mutates_args=())
@@ -540,6 +586,7 @@ def boundary_op(
     direction: torch.Tensor | None,
     target: torch.Tensor | None,
     gate: torch.Tensor | None,
+    amplitude: torch.Tensor | None,
     mixing: torch.Tensor | None,
     norm_weight: torch.Tensor,
     value_weight: torch.Tensor | None,
@@ -553,20 +600,23 @@ def boundary_op(
     value_scale: float,
     value_activation: int,
     value_from_context: bool,
+    erase: bool,
+    begins_sublayer: bool,
 ) -> list[torch.Tensor]:
-    """Returns new state, context, new target, new gate and, for the backward pass, r, βr, 1/‖k̃‖ and 1/rms."""
-    outputs = boundary_outputs(state, direction, gate_weight)
-    new_state, context, new_target, new_gate, error, write, inv_key_norm, rstd = outputs
+    """Returns new state, context, new target, new gate and, for the backward pass, Xᵀk, w, 1/‖k̃‖ and 1/rms."""
+    outputs = boundary_outputs(state, direction, gate_weight, begins_sublayer)
+    new_state, context, new_target, new_gate, readout, write, inv_key_norm, rstd = outputs
     if value_activation == VALUE_ACTIVATIONS["constant"]:
         new_target.fill_(value_scale)
     if state.shape[0] > 0:
         grid, sizes = launch_options(state, backward=False)
         boundary_forward_kernel[grid](
-            state, direction, target, gate,
+            state, direction, target, gate, amplitude,
             mixing, norm_weight, value_weight, value_bias, gate_weight, gate_bias,
-            new_state, context, new_target, new_gate, error, write, inv_key_norm, rstd,
+            new_state, context, new_target, new_gate, readout, write, inv_key_norm, rstd,
             state.shape[0], state.stride(0), state.stride(1), key_eps, norm_eps, value_scale,
-            HAS_WRITE=direction is not None, STORE_STATE=gate_weight is not None, HAS_MIXING=mixing is not None,
+            HAS_WRITE=direction is not None, HAS_GATE=gate is not None, ERASE=erase,
+            STORE_STATE=begins_sublayer, HAS_MIXING=mixing is not None,
             HAS_HEADS=gate_weight is not None, HAS_VALUE_BIAS=value_bias is not None,
             VALUE_FROM_CONTEXT=value_from_context, VALUE_ACTIVATION=value_activation, **sizes,
         )  # fmt: skip
@@ -574,13 +624,13 @@ def boundary_op(
 
 
 def boundary_outputs(
-    state: torch.Tensor, direction: torch.Tensor | None, gate_weight: torch.Tensor | None
+    state: torch.Tensor, direction: torch.Tensor | None, gate_weight: torch.Tensor | None, begins_sublayer: bool
 ) -> list[torch.Tensor]:
     num_tokens, n, d = state.shape
     num_writes = 0 if direction is None else num_tokens
     num_heads = 0 if gate_weight is None else num_tokens
     return [
-        state.new_empty(min(num_writes, num_heads), n, d),
+        state.new_empty(num_writes if begins_sublayer else 0, n, d),
         state.new_empty(num_tokens, d),
         state.new_empty(num_heads, n, dtype=torch.float32),
         state.new_empty(num_heads, dtype=torch.float32),
@@ -592,8 +642,9 @@ def boundary_outputs(
 
 
 @boundary_op.register_fake
-def _(state, direction, target, gate, mixing, norm_weight, value_weight, value_bias, gate_weight, *args):
-    return boundary_outputs(state, direction, gate_weight)
+def _(state, direction, *args):
+    gate_weight, begins_sublayer = args[7], args[-1]
+    return boundary_outputs(state, direction, gate_weight, begins_sublayer)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::boundary_backward", mutates_args=())
@@ -603,7 +654,8 @@ def boundary_backward_op(
     direction: torch.Tensor | None,
     target: torch.Tensor | None,
     gate: torch.Tensor | None,
-    error: torch.Tensor,
+    amplitude: torch.Tensor | None,
+    readout: torch.Tensor,
     inv_key_norm: torch.Tensor,
     mixing: torch.Tensor | None,
     norm_weight: torch.Tensor,
@@ -619,10 +671,11 @@ def boundary_backward_op(
     value_scale: float,
     value_activation: int,
     value_from_context: bool,
+    erase: bool,
 ) -> list[torch.Tensor]:
     """
     Returns the gradients of state, direction, target and gate, then in float32 those of mixing, value map, norm weight
-    and gate map as the rows of `[2n + 2, d]` and of value and gate bias as `[n + 1]`.
+    and gate map as the rows of `[2n + 2, d]` and of value bias, gate bias and amplitude as `[2n + 1]`.
     """
     num_tokens, n, d = snapshot.shape
     outputs = boundary_backward_outputs(snapshot, direction, target, gate)
@@ -630,17 +683,17 @@ def boundary_backward_op(
         return [output.zero_() for output in outputs]
     grid, sizes = launch_options(snapshot, backward=True)
     grad_rows = snapshot.new_empty(*grid, 2 * n + 2, d, dtype=torch.float32)
-    grad_biases = snapshot.new_empty(*grid, n + 1, dtype=torch.float32)
+    grad_scalars = snapshot.new_empty(*grid, 2 * n + 1, dtype=torch.float32)
     boundary_backward_kernel[grid](
-        snapshot, *replays, *[None] * (3 * MAX_REPLAYS - len(replays)), direction, target, gate, error, inv_key_norm,
-        mixing, norm_weight, value_weight, gate_weight, rstd, new_target, new_gate,
-        grad_new_state, grad_context, grad_new_target, grad_new_gate, *outputs[:4], grad_rows, grad_biases,
+        snapshot, *replays, *[None] * (3 * MAX_REPLAYS - len(replays)), direction, target, gate, amplitude,
+        readout, inv_key_norm, mixing, norm_weight, value_weight, gate_weight, rstd, new_target, new_gate,
+        grad_new_state, grad_context, grad_new_target, grad_new_gate, *outputs[:4], grad_rows, grad_scalars,
         num_tokens, snapshot.stride(0), snapshot.stride(1), value_scale,
         NUM_REPLAYS=len(replays) // 3, HAS_GRAD_STATE=grad_new_state is not None, HAS_WRITE=direction is not None,
-        HAS_MIXING=mixing is not None, HAS_HEADS=gate_weight is not None,
+        HAS_GATE=gate is not None, ERASE=erase, HAS_MIXING=mixing is not None, HAS_HEADS=gate_weight is not None,
         VALUE_FROM_CONTEXT=value_from_context, VALUE_ACTIVATION=value_activation, **sizes,
     )  # fmt: skip
-    return [*outputs[:4], grad_rows.sum(0), grad_biases.sum(0)]
+    return [*outputs[:4], grad_rows.sum(0), grad_scalars.sum(0)]
 
 
 def boundary_backward_outputs(
@@ -654,7 +707,7 @@ def boundary_backward_outputs(
             for tensor in (direction, target, gate)
         ),
         snapshot.new_empty(2 * n + 2, d, dtype=torch.float32),
-        snapshot.new_empty(n + 1, dtype=torch.float32),
+        snapshot.new_empty(2 * n + 1, dtype=torch.float32),
     ]
 
 
@@ -665,17 +718,17 @@ def _(snapshot, replays, direction, target, gate, *args):
 
 def setup_context(ctx, inputs, output):
     (
-        state, direction, target, gate, mixing, norm_weight, value_weight, value_bias, gate_weight, gate_bias,
-        snapshot, replays, key_eps, norm_eps, *ctx.value_options,
+        state, direction, target, gate, amplitude, mixing, norm_weight, value_weight, value_bias, gate_weight, gate_bias,
+        snapshot, replays, key_eps, norm_eps, *ctx.options, ctx.begins_sublayer,
     ) = inputs  # fmt: skip
-    new_state, context, new_target, new_gate, error, write, inv_key_norm, rstd = output
-    ctx.mark_non_differentiable(error, write, inv_key_norm, rstd)
+    new_state, context, new_target, new_gate, readout, write, inv_key_norm, rstd = output
+    ctx.mark_non_differentiable(readout, write, inv_key_norm, rstd)
     ctx.set_materialize_grads(False)
     ctx.num_replays = len(replays)
-    parameters = (mixing, value_weight, norm_weight, gate_weight, value_bias, gate_bias)
+    parameters = (mixing, value_weight, norm_weight, gate_weight, value_bias, gate_bias, amplitude)
     ctx.parameter_dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
     ctx.save_for_backward(
-        snapshot, *replays, direction, target, gate, error, inv_key_norm,
+        snapshot, *replays, direction, target, gate, amplitude, readout, inv_key_norm,
         mixing, norm_weight, value_weight, gate_weight, new_target, new_gate, rstd,
     )  # fmt: skip
 
@@ -684,32 +737,41 @@ def backward(ctx, grads):
     grad_new_state, grad_context, grad_new_target, grad_new_gate, *_ = grads
     snapshot, *saved = ctx.saved_tensors
     replays, saved = saved[: ctx.num_replays], saved[ctx.num_replays :]
+    direction, target, gate = saved[:3]
     new_target, new_gate, _ = saved[-3:]
-    has_write, has_heads = saved[0] is not None, new_gate.shape[0] > 0
     n = snapshot.shape[1]
 
     # Gradients are None for outputs that nothing used
     if grad_context is None:
         grad_context = snapshot.new_zeros(snapshot.shape[0], snapshot.shape[2])
-    if has_heads:
+    if new_gate.shape[0] > 0:
         grad_new_target = torch.zeros_like(new_target) if grad_new_target is None else grad_new_target.contiguous()
         grad_new_gate = torch.zeros_like(new_gate) if grad_new_gate is None else grad_new_gate.contiguous()
     if grad_new_state is not None:
-        grad_new_state = grad_new_state.contiguous() if has_write and has_heads else None
+        grad_new_state = grad_new_state.contiguous() if direction is not None and ctx.begins_sublayer else None
 
-    *grad_inputs, rows, biases = boundary_backward_op(
+    grad_state, *grad_write, rows, scalars = boundary_backward_op(
         snapshot, replays, *saved, grad_new_state, grad_context.contiguous(), grad_new_target, grad_new_gate,
-        *ctx.value_options,
+        *ctx.options,
     )  # fmt: skip
-    if not has_write:
-        grad_inputs[1:] = [None, None, None]
-    parameter_grads = [rows[:n], rows[n : 2 * n], rows[2 * n], rows[2 * n + 1], biases[:n], biases[n:]]
-    grad_mixing, grad_value_weight, grad_norm_weight, grad_gate_weight, grad_value_bias, grad_gate_bias = [
-        None if dtype is None else grad.to(dtype) for grad, dtype in zip(parameter_grads, ctx.parameter_dtypes)
+    grad_write = [
+        None if tensor is None else grad for tensor, grad in zip((direction, target, gate), grad_write, strict=True)
     ]
+    parameter_grads = [rows[:n], rows[n : 2 * n], rows[2 * n], rows[2 * n + 1], scalars[:n], scalars[n : n + 1]]
+    parameter_grads.append(scalars[n + 1 :])
+    (
+        grad_mixing,
+        grad_value_weight,
+        grad_norm_weight,
+        grad_gate_weight,
+        grad_value_bias,
+        grad_gate_bias,
+        grad_amplitude,
+    ) = [None if dtype is None else grad.to(dtype) for grad, dtype in zip(parameter_grads, ctx.parameter_dtypes)]
     return (
-        *grad_inputs, grad_mixing, grad_norm_weight, grad_value_weight, grad_value_bias, grad_gate_weight, grad_gate_bias,
-        None, [None] * ctx.num_replays, None, None, None, None, None,
+        grad_state, *grad_write, grad_amplitude, grad_mixing, grad_norm_weight,
+        grad_value_weight, grad_value_bias, grad_gate_weight, grad_gate_bias,
+        None, [None] * ctx.num_replays, *[None] * 7,
     )  # fmt: skip
 
 

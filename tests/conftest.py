@@ -48,7 +48,7 @@ VARIANTS = {
     "hc": {"num_value_channels": 3, "residual_type": "hyper_connections"},
     "mhc": {"num_value_channels": 3, "residual_type": "manifold_hyper_connections"},
 }
-CONV_VARIANTS = ["cc", "tc", "tc-repeat", "tc-separate"]
+CONV_VARIANTS = ["cc", "tc", "tc-repeat", "tc-separate", "multi-step", "write-only", "expanded-additive"]
 
 TINY = {
     "vocab_size": 37,

@@ -15,7 +15,8 @@
 The settings of a run: a YAML file and command-line overrides, checked before any data is read or anything written.
 
 The YAML has a section per concern, `data` ([`DataArguments`]), `tokenizer` ([`TokenizerArguments`]), `model`
-([`DDLConfig`]) and `training` ([`~transformers.TrainingArguments`]), whose fields are those classes' own.
+([`DDLConfig`]), `training` ([`~transformers.TrainingArguments`]) and, if wanted, `card` ([`CardArguments`]), whose fields are
+those classes' own.
 """
 
 import difflib
@@ -28,12 +29,13 @@ from typing import Any, TypedDict, get_args, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import validate_typed_dict
-from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
+from huggingface_hub.errors import HTTPError, StrictDataclassError, StrictDataclassFieldValidationError
 from transformers import TrainingArguments
 
 from .cli import InputError
 from .configuration_ddl import DDLConfig
 from .data import DataArguments
+from .model_cards import CardArguments
 
 
 @dataclass
@@ -52,7 +54,13 @@ class TokenizerArguments:
             raise ValueError(f"vocab_size must be at least 258, got {self.vocab_size}")
 
 
-SECTIONS = {"data": DataArguments, "tokenizer": TokenizerArguments, "model": DDLConfig, "training": TrainingArguments}
+SECTIONS = {
+    "data": DataArguments,
+    "tokenizer": TokenizerArguments,
+    "model": DDLConfig,
+    "training": TrainingArguments,
+    "card": CardArguments,
+}
 REQUIRED_FIELDS = {"data": "source", "tokenizer": "vocab_size", "training": "output_dir"}
 # Fields that would have no effect, or contradict what the pretraining does, and who decides instead.
 RESERVED_FIELDS = {
@@ -73,7 +81,9 @@ RESERVED_FIELDS = {
             "resume_from_checkpoint",
         ),
         "the pretraining",
-    ),
+    )
+    | {"hub_token": "`hf auth login` or HF_TOKEN"},  # settings go into files that are pushed
+    "card": {},
 }
 
 Settings = dict[str, dict[str, Any]]  # section: field: value
@@ -138,6 +148,7 @@ class Run:
     tokenizer: TokenizerArguments
     model: DDLConfig
     training: TrainingArguments
+    card: CardArguments
     settings: Settings
 
     @classmethod
@@ -184,8 +195,9 @@ def _check_fields(section: str, values: dict[str, Any]):
         except StrictDataclassFieldValidationError as error:
             allowed = hint.__name__ if isinstance(hint, type) else hint
             raise InputError(f"{section}.{name}: {value!r} has the wrong type; allowed: {allowed}") from error
-    if REQUIRED_FIELDS[section] not in values:
-        raise InputError(f"{section}.{REQUIRED_FIELDS[section]}: missing; every run must say it")
+    required = REQUIRED_FIELDS.get(section)
+    if required is not None and required not in values:
+        raise InputError(f"{section}.{required}: missing; every run must say it")
 
 
 @contextmanager
@@ -193,5 +205,5 @@ def blaming(section: str) -> Iterator[None]:
     """Turns what a class raises about the values of a section into an `InputError` that names the section."""
     try:
         yield
-    except (ImportError, OSError, StrictDataclassError, TypeError, ValueError) as error:
+    except (HTTPError, ImportError, OSError, StrictDataclassError, TypeError, ValueError) as error:
         raise InputError(f"{section}: {error}") from error

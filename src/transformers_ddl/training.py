@@ -21,20 +21,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 from transformers import EvalPrediction, ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .cli import InputError
-from .data import IGNORE_INDEX, Corpus, PackedText, pack, read_corpus, train_tokenizer
+from .data import IGNORE_INDEX, PackedText, pack, read_corpus, train_tokenizer
+from .hub import push
+from .model_cards import pretrained_card
 from .modeling_ddl import DDLForCausalLM
 from .settings import Run, blaming, read_settings
 
 
-# In a checkout they lie beside `src`, in an installed package inside it (setup.cfg)
-CARD_TEMPLATES = next(folder / "model_cards" for folder in Path(__file__).parents if (folder / "model_cards").is_dir())
 RUN_FILE = "run.yaml"
 RESULTS_FILE = "eval_results.json"
 
@@ -135,12 +135,16 @@ def pretrain(run: Run):
             preprocess_logits_for_metrics=token_losses,
             compute_metrics=mean_loss,
         )
+        if trainer.hub_model_id is not None:
+            HfApi().auth_check(trainer.hub_model_id, write=True)  # Trainer is content with one that can be read
     if not run.training.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(SpeedProgressCallback)
 
     folder = Path(run.training.output_dir)
     (folder / RUN_FILE).write_text(yaml.safe_dump(run.settings, sort_keys=False))
+    if trainer.hub_model_id is not None:
+        config.save_pretrained(folder)  # with the code, which Trainer leaves out when it pushes a checkpoint
     checkpoint = get_last_checkpoint(folder)
     if checkpoint is not None:
         print(f"continuing from {checkpoint}")
@@ -148,10 +152,13 @@ def pretrain(run: Run):
     results = evaluate(trainer, held_out)
 
     config.use_cache = use_cache  # Trainer turned it off, and generating without is slow
+    trainer.args.push_to_hub = False  # or `save_model` would, before the rest is there and with a card of its own
     trainer.save_model()
     plot_loss(trainer.state.log_history, folder / "loss.png")
-    write_model_card(folder / "README.md", run, corpus, train, trainer, results)
+    pretrained_card(run, corpus, train, trainer, results).save(folder / "README.md")
     trainer.save_metrics("eval", results, combined=False)  # RESULTS_FILE: the run is finished
+    if trainer.hub_model_id is not None:
+        push(folder, trainer.hub_model_id, revision=run.training.hub_revision)
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -206,45 +213,3 @@ def plot_loss(log_history: list[dict[str, float]], path: Path):
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-
-
-def write_model_card(
-    path: Path,
-    run: Run,
-    corpus: Corpus,
-    train: PackedText,
-    trainer: Trainer,
-    results: dict[str, float],
-):
-    """Renders the template of model cards with what was run and measured."""
-    name = path.resolve().parent.name
-    eval_results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=run.data.source,
-            dataset_name=f"{run.data.source} (held-out documents)",
-            metric_type=metric,
-            metric_value=results[metric],
-        )
-        for metric in ("bits_per_byte", "perplexity")
-    ]
-    card = ModelCard.from_template(
-        card_data=ModelCardData(
-            library_name="transformers",
-            pipeline_tag="text-generation",
-            tags=["deep-delta-learning"],
-            model_name=name,
-            eval_results=eval_results,
-        ),
-        template_path=CARD_TEMPLATES / "pretrained.md",
-        block_size=run.model.max_position_embeddings,
-        corpus=corpus,
-        name=name,
-        num_parameters=trainer.model.num_parameters(),
-        results=results,
-        settings=yaml.safe_dump(run.settings, sort_keys=False),
-        source=run.data.source,
-        state=trainer.state,
-        train=train,
-    )
-    card.save(path)

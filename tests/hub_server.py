@@ -250,6 +250,8 @@ class Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.server.objects:
                     raise Refusal(400, f"{value['path']} was not uploaded")
                 files[value["path"]] = self.server.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
         repository["commits"].append(files)
         sha = self.server.sha(name)
         self.answer({"success": True, "commitOid": sha, "commitUrl": f"{self.server.url}/{name}/commit/{sha}"})

@@ -30,8 +30,8 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from transformers import __version__ as transformers_version
 
 from transformers_ddl import DDLForCausalLM, DDLForSequenceClassification
+from transformers_ddl.cards import CardArguments, finetuned_card
 from transformers_ddl.cli import main
-from transformers_ddl.model_cards import CardArguments, finetuned_card
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -231,6 +231,18 @@ def test_nothing_is_sent_twice(online, folder, capsys):
     assert len(online.repositories["user/twice"]["commits"]) == 1
 
 
+def test_other_weights_are_replaced(online, folder, tmp_path):
+    """Those of an earlier push in other files: a loader would prefer `model.safetensors` to the new shards."""
+    shards = shutil.copytree(folder, tmp_path / "model")
+    (shards / "model.safetensors").unlink()
+    DDLForCausalLM.from_pretrained(folder).save_pretrained(shards, max_shard_size="10KB")
+    weights = [{file for file in contents(path) if file.startswith("model")} - CODE for path in (folder, shards)]
+    assert len(weights[1]) > 3
+    for path, files in zip((folder, shards, folder), (weights[0], weights[1], weights[0])):
+        assert main(["push", str(path), "user/replaced"]) == 0
+        assert {file for file in online.files("user/replaced") if "safetensors" in file} == files
+
+
 # ---- Uploads that fail ----
 
 
@@ -403,6 +415,10 @@ def test_card_of_a_pretraining(online, folder):
     assert metrics == {name: results[name] for name in ("bits_per_byte", "perplexity")}
     assert {result.dataset_type for result in card.data.eval_results} == {"text"}
     assert f"Transformers {transformers_version}, PyTorch {torch.__version__}" in card.text
+    assert (
+        "1 layers of width 16, residual type `delta`, 4 value channels, channel compressor, embedding conv"
+        in card.text
+    )
     assert "1 × cpu (" in card.text and "| training time, " in card.text
 
     index = eval_results_to_model_index(card.data.model_name, card.data.eval_results)
@@ -439,7 +455,7 @@ def test_card_of_a_finetuning(online, finetuning, folder, published):
     assert result.dataset_type == ("user/reviews" if published else "text")
     assert str(folder.parent) not in str(card), "paths of this machine tell a reader nothing"
     assert 'pipeline("text-classification", model="classifier", trust_remote_code=True)' in card.text
-    assert "fine-tuned on user/reviews with `Trainer`" in card.text.replace("\n", " ") or not published
+    assert f"fine-tuned on {'user/reviews' if published else 'corpus.txt'} with `Trainer`" in card.text
     assert "| accuracy | 0.7500 |" in card.text
     assert "| learning_rate | 5e-05 |" in card.text
     assert "| training time, " in card.text

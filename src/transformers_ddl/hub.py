@@ -15,10 +15,11 @@
 
 import argparse
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError, HTTPError, StrictDataclassError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from safetensors import SafetensorError
@@ -27,9 +28,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import transformers_ddl
 
+from .cards import check_metadata
 from .cli import InputError, RunError
 from .configuration_ddl import DDLConfig
-from .model_cards import check_metadata
 
 
 # What training leaves beside a model: checkpoints, states of the optimizer and the Trainer, logs, and hidden files
@@ -69,7 +70,8 @@ def main(arguments: list[str]):
 def push(folder: Path, repo_id: str, private: bool = False, revision: str | None = None, dry_run: bool = False):
     """
     Uploads a model with its code, tokenizer and model card, and the folder's other files but for `LEFT_OUT`. The
-    repository is made if there is none. It gets one commit with everything, or none if anything fails.
+    repository is made if there is none. It gets one commit with everything, or none if anything fails;
+    weights that it has in files of other names are removed.
 
     Args:
         revision: The branch to commit to, `main` if None.
@@ -97,9 +99,8 @@ def push(folder: Path, repo_id: str, private: bool = False, revision: str | None
     print(f"{'would push' if dry_run else 'pushing'} {folder} to {repo_id}:")
     for addition in additions:
         print(f"{addition.upload_info.size:>15,}  {addition.path_in_repo}")
-    print(
-        f"{sum(addition.upload_info.size for addition in additions):>15,}  bytes in {len(additions)} files; left out:"
-    )
+    size = sum(addition.upload_info.size for addition in additions)
+    print(f"{size:>15,}  bytes in {len(additions)} files; left out:")
     for file in files:
         if file not in chosen:
             print(f"{(folder / file).stat().st_size:>15,}  {file}")
@@ -113,8 +114,14 @@ def push(folder: Path, repo_id: str, private: bool = False, revision: str | None
             raise InputError(
                 f"--private: {repo_id} exists and is public; allowed: a new name, or a private repository"
             )
+        # Weights of an earlier commit in other files might be loaded instead
+        stale = [
+            CommitOperationDelete(file)
+            for file in hub.list_repo_files(repo_id, revision=revision)
+            if fnmatch(file, "model*.safetensors*") and file not in chosen
+        ]
         # `upload_folder` may split what it uploads into several commits
-        commit = hub.create_commit(repo_id, additions, commit_message="Upload model", revision=revision)
+        commit = hub.create_commit(repo_id, additions + stale, commit_message="Upload model", revision=revision)
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         # Only a `RuntimeError` leaves the reason to its cause
         reason = f"{error} {error.__cause__}" if isinstance(error, RuntimeError) else error

@@ -32,10 +32,10 @@ from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import HTTPError, StrictDataclassError, StrictDataclassFieldValidationError
 from transformers import TrainingArguments
 
+from .cards import CardArguments
 from .cli import InputError
 from .configuration_ddl import DDLConfig
 from .data import DataArguments
-from .model_cards import CardArguments
 
 
 @dataclass

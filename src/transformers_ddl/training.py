@@ -27,10 +27,10 @@ from torch.nn.functional import cross_entropy
 from transformers import EvalPrediction, ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from .cards import pretrained_card
 from .cli import InputError
 from .data import IGNORE_INDEX, PackedText, pack, read_corpus, train_tokenizer
 from .hub import push
-from .model_cards import pretrained_card
 from .modeling_ddl import DDLForCausalLM
 from .settings import Run, blaming, read_settings
 

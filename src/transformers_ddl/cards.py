@@ -30,6 +30,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from . import __version__
+from .configuration_ddl import DDLConfig
 from .data import STDLIB, Corpus, PackedText
 
 
@@ -101,6 +102,7 @@ def pretrained_card(
         "pretrained.md",
         trainer,
         source=run.data.source,
+        subset=run.data.subset,
         metrics={name: results[name] for name in ("bits_per_byte", "perplexity")},
         arguments=run.card,
         block_size=run.model.max_position_embeddings,
@@ -142,6 +144,7 @@ def _render(
     source: str,
     metrics: dict[str, float],
     arguments: CardArguments,
+    subset: str | None = None,
     base_model: str | None = None,
     **values,
 ) -> ModelCard:
@@ -163,7 +166,8 @@ def _render(
             EvalResult(
                 task_type=task,
                 dataset_type=dataset or "text",
-                dataset_name=f"{dataset_name} (held-out documents)",
+                dataset_config=subset,
+                dataset_name=f"{dataset_name} (held out)",
                 metric_type=metric,
                 metric_value=value,
             )
@@ -173,6 +177,7 @@ def _render(
     return ModelCard.from_template(
         card_data=metadata,
         template_path=TEMPLATES / template,
+        architecture=describe_architecture(trainer.model.config),
         environment=describe_environment(trainer),
         measured=metrics,
         name=name,
@@ -198,6 +203,22 @@ def _is_repository_name(name: str) -> bool:
     return True
 
 
+def describe_architecture(config: DDLConfig) -> str:
+    """The settings that tell one member of the family from another."""
+    description = (
+        f"{config.num_hidden_layers} layers of width {config.hidden_size}, residual type `{config.residual_type}`"
+    )
+    if config.num_value_channels > 1:
+        description += f", {config.num_value_channels} value channels"
+    if config.num_delta_steps > 1:
+        description += f", {config.num_delta_steps} delta steps"
+    if config.compressor is not None:
+        description += f", {config.compressor} compressor"
+    if config.embedding_conv:
+        description += ", embedding convolution"
+    return description
+
+
 def describe_environment(trainer: Trainer) -> dict[str, str]:
     """Where and for how long a model was trained."""
     environment = {
@@ -217,7 +238,7 @@ def describe_hardware(args: TrainingArguments) -> str:
     device = args.device
     if device.type == "cuda":
         return f"{args.world_size * args.n_gpu} × {torch.cuda.get_device_name(device)}"
-    return f"{args.world_size} × {device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"{args.world_size} × {device.type} ({platform.machine()}, threads: {torch.get_num_threads()})"
 
 
 def _as_list(value: str | list[str] | None) -> list[str]:

@@ -1,0 +1,99 @@
+# Copyright 2026 The transformers_ddl team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+What a configuration costs: parameters, and floating-point operations (FLOPs) per token, both exact.
+
+A multiplication and an addition count as one FLOP each. Matrix products are counted as PyTorch's `FlopCounterMode` does:
+attention over the whole sequence, the causal mask notwithstanding. The rotary table, made once for a batch, is left out.
+"""
+
+import torch
+from torch import nn
+
+from .configuration_ddl import DDLConfig
+from .modeling_ddl import DDLForCausalLM
+
+
+# A part of the model: the names of the modules that belong to it
+PARTS = {
+    "embedding": {"embed_tokens"},
+    "embedding_conv": {"embedding_conv"},
+    "attention": {"self_attn"},
+    "mlp": {"mlp"},
+    "gates_and_targets": {"attn_residual", "mlp_residual"},
+    "compressors": {"compressor", "mlp_compressor", "readout"},
+    "norms": {"input_layernorm", "post_attention_layernorm", "norm"},
+    "head": {"lm_head"},
+}
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter or module belongs to, by its name in [`DDLForCausalLM`]."""
+    return next(part for part, modules in PARTS.items() if modules & set(name.split(".")))
+
+
+def meta_model(config: DDLConfig) -> DDLForCausalLM:
+    """The model without memory for its parameters, whatever its size."""
+    with torch.device("meta"):
+        return DDLForCausalLM(config)
+
+
+def count_parameters(config: DDLConfig) -> dict[str, int]:
+    """Number of parameters of each part of [`DDLForCausalLM`]; a tied head has none of its own."""
+    counts = dict.fromkeys(PARTS, 0)
+    for name, parameter in meta_model(config).named_parameters():
+        counts[part_of(name)] += parameter.numel()
+    return counts
+
+
+def forward_flops_per_token(config: DDLConfig, sequence_length: int) -> dict[str, int]:
+    """FLOPs of the matrix products of each part for one token of a sequence of `sequence_length` tokens."""
+    counts = dict.fromkeys(PARTS, 0)
+    for name, module in meta_model(config).named_modules():
+        if isinstance(module, nn.Linear):
+            counts[part_of(name)] += 2 * module.weight.numel()
+    # Scores and weighted values: two products with as many keys as there are tokens
+    counts["attention"] += (
+        config.num_hidden_layers * 4 * sequence_length * config.num_attention_heads * config.head_dim
+    )
+    return counts
+
+
+def training_flops_per_token(config: DDLConfig, sequence_length: int) -> int:
+    """
+    FLOPs of the matrix products of one training step, per token: the forward pass, and twice as much in the backward
+    pass for the gradients of both factors. What is computed a second time, by flash attention or gradient checkpointing,
+    is not counted.
+    """
+    return 3 * sum(forward_flops_per_token(config, sequence_length).values())
+
+
+def state_flops_per_token(config: DDLConfig) -> dict[str, int]:
+    """
+    Element-wise FLOPs of a forward pass on the residual state, for one token. No matrix products, they are no part of
+    [`forward_flops_per_token`]; their cost is memory traffic. For n channels of width d, in every sublayer:
+
+        rewrite     2d + 2 for 1 / ‖k̃‖, d for k, 2nd for kᵀX, 2n for β (v − kᵀX), 2nd to add it to X (spec §2);
+                    d if additive
+        compressor  2nd, times the number of taps if they are over tokens; nothing if n = 1
+
+    and the readout's compressor and the embedding convolution, which takes 2nd per tap.
+    """
+    n, d, sublayers = config.num_value_channels, config.hidden_size, 2 * config.num_hidden_layers
+    taps = {None: 0, "channel": 1, "token": config.compressor_kernel_size}[config.compressor]
+    return {
+        "rewrite": sublayers * (d if config.residual_type == "additive" else 4 * n * d + 3 * d + 2 * n + 2),
+        "compressor": (sublayers + 1) * taps * 2 * n * d,
+        "embedding_conv": 2 * n * d * config.embedding_conv_kernel_size if config.embedding_conv else 0,
+    }

@@ -25,9 +25,9 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from transformers_ddl import DDLForCausalLM, training
+from transformers_ddl import DDLForCausalLM
 from transformers_ddl.cli import main
 from transformers_ddl.data import DataArguments, read_corpus
 from transformers_ddl.settings import Run, read_settings
@@ -197,7 +197,7 @@ def test_sampling_from_nothing(tmp_path):
     assert "Traceback" not in process.stderr
 
 
-# ---- The same run again, another run into the same folder, an interrupted run ----
+# ---- The same run again ----
 
 
 def test_same_run_again_changes_nothing(finished, monkeypatch, capsys):
@@ -221,34 +221,6 @@ def test_runs_are_reproducible(workplace):
         assert a[Path(name)] == b[Path(name)]
     assert pretrain("--training.output_dir", "c", "--training.seed", "1") == 0
     assert contents(workplace / "c")[Path("model.safetensors")] != a[Path("model.safetensors")]
-
-
-def test_interrupted_run_continues(workplace, monkeypatch, capsys):
-    """A run that stops after its checkpoint at step 2 of 4 ends, when started again, where an uninterrupted one does."""
-
-    class Interruption(TrainerCallback):
-        steps_seen = []
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.steps_seen.append(state.global_step)
-            if self.steps_seen == [1, 2, 3]:
-                raise KeyboardInterrupt
-
-    class InterruptedTrainer(training.Trainer):
-        def __init__(self, **kwargs):
-            super().__init__(callbacks=[Interruption], **kwargs)
-
-    checkpoints = ("--training.save_strategy", "steps", "--training.save_steps", "2")
-    assert pretrain("--training.output_dir", "uninterrupted", *checkpoints) == 0
-    monkeypatch.setattr(training, "Trainer", InterruptedTrainer)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(*checkpoints)
-    assert not (workplace / "out" / "eval_results.json").exists()
-    assert pretrain(*checkpoints) == 0
-    assert Interruption.steps_seen == [1, 2, 3, 3, 4]
-    assert "continuing from out/checkpoint-2" in capsys.readouterr().out
-    for name in ("model.safetensors", "tokenizer.json"):
-        assert (workplace / "out" / name).read_bytes() == (workplace / "uninterrupted" / name).read_bytes()
 
 
 # ---- Input that cannot be used ----

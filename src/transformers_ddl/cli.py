@@ -22,6 +22,10 @@ class InputError(Exception):
     """What a user gave cannot be used; the message names it and says what is allowed."""
 
 
+class RunError(Exception):
+    """What was asked for has begun and cannot be finished; the message says why, and what is left."""
+
+
 # Modules with a function `main(arguments: list[str])`, which raises `InputError` for input that cannot be used
 COMMANDS = {
     "pretrain": ("training", "train a model from scratch, as a YAML file says"),
@@ -37,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Those of the process if None.
 
     Returns:
-        The exit code: 2, with one line on stderr, for input that cannot be used.
+        The exit code: 2, with one line on stderr, for input that cannot be used; 1, also with a line, for a failure later on.
     """
     parser = argparse.ArgumentParser(
         prog="transformers-ddl",
@@ -52,9 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
     module, _ = COMMANDS[options.command]
     try:
         import_module(f".{module}", __package__).main(options.arguments)
-    except InputError as error:
+    except (InputError, RunError) as error:
         if options.traceback:
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     return 0

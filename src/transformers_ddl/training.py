@@ -14,8 +14,11 @@
 """Pretraining: a YAML file in; a folder with a model, its tokenizer, its evaluation and its model card out."""
 
 import argparse
+import errno
 import json
 import math
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +27,15 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
-from transformers import EvalPrediction, ProgressCallback, Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
-from .cli import InputError
+from .checkpoints import last_complete_checkpoint, write_atomically
+from .cli import InputError, RunError
 from .data import IGNORE_INDEX, Corpus, PackedText, pack, read_corpus, train_tokenizer
 from .modeling_ddl import DDLForCausalLM
 from .settings import Run, blaming, read_settings
+from .trainer import DDLTrainer
 
 
 # In a checkout they lie beside `src`, in an installed package inside it (setup.cfg)
@@ -79,7 +84,7 @@ def is_finished(run: Run) -> bool:
         if folder.exists():
             raise InputError(f"training.output_dir: {str(folder)!r} is a file; {allowed}")
         return False
-    if not any(folder.iterdir()):
+    if all(file.name.startswith(".") for file in folder.iterdir()):
         return False
     if not (folder / RUN_FILE).is_file():
         raise InputError(f"training.output_dir: {str(folder)!r} holds files of something else; {allowed}")
@@ -99,10 +104,13 @@ def is_finished(run: Run) -> bool:
 
 def pretrain(run: Run):
     """
-    Trains a tokenizer and a model and fills the output folder; continues from its last checkpoint if it has one.
+    Trains a tokenizer and a model and fills the output folder; continues from its last complete checkpoint if it has one.
+    The process may be killed at any moment: the same call then goes on from there.
 
     Raises:
         `InputError`: if the data or the training arguments cannot be used; then nothing has been written.
+        `RunError`: if training fails for want of disk space or memory, with a loss that is not finite, or because a process
+            that reads data died. The complete checkpoints are left.
     """
     corpus = read_corpus(run.data)
     print(f"data: {run.data.source}: {corpus}")
@@ -126,7 +134,7 @@ def pretrain(run: Run):
 
     run.training.include_num_input_tokens_seen = "all"  # for the tokens/s of the progress bar and the model card
     with blaming("training"):
-        trainer = Trainer(
+        trainer = DDLTrainer(
             model=model,
             args=run.training,
             train_dataset=train.blocks,
@@ -135,23 +143,67 @@ def pretrain(run: Run):
             preprocess_logits_for_metrics=token_losses,
             compute_metrics=mean_loss,
         )
+    progress = SpeedProgressCallback()
     if not run.training.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(SpeedProgressCallback)
+        trainer.add_callback(progress)
 
     folder = Path(run.training.output_dir)
-    (folder / RUN_FILE).write_text(yaml.safe_dump(run.settings, sort_keys=False))
-    checkpoint = get_last_checkpoint(folder)
-    if checkpoint is not None:
-        print(f"continuing from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    results = evaluate(trainer, held_out)
+    with explaining_failures(folder), closing(progress):
+        write_atomically(folder / RUN_FILE, yaml.safe_dump(run.settings, sort_keys=False))
+        train_from_last_checkpoint(trainer)
+        results = evaluate(trainer, held_out)
 
-    config.use_cache = use_cache  # Trainer turned it off, and generating without is slow
-    trainer.save_model()
-    plot_loss(trainer.state.log_history, folder / "loss.png")
-    write_model_card(folder / "README.md", run, corpus, train, trainer, results)
-    trainer.save_metrics("eval", results, combined=False)  # RESULTS_FILE: the run is finished
+        config.use_cache = use_cache  # Trainer turned it off, and generating without is slow
+        trainer.save_model()
+        plot_loss(trainer.state.log_history, folder / "loss.png")
+        write_model_card(folder / "README.md", run, corpus, train, trainer, results)
+        write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=4, sort_keys=True))  # the run is finished
+
+
+def train_from_last_checkpoint(trainer: DDLTrainer):
+    """Trains up to the last step, or loads the checkpoint of the last step if that is already there."""
+    checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir))
+    if checkpoint is None:
+        trainer.train()
+        return
+    print(f"continuing from {checkpoint}")
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    if state.global_step < state.max_steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    else:  # Trainer might make one step more
+        trainer._load_from_checkpoint(str(checkpoint))
+        trainer.state = state
+
+
+@contextmanager
+def explaining_failures(folder: Path) -> Iterator[None]:
+    """Turns failures that a user can do something about into a `RunError` that says what is left in `folder`."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) if isinstance(error, RunError) else explain(error)
+        if reason is None:
+            raise
+        checkpoint = last_complete_checkpoint(folder)
+        left = "there is no complete checkpoint yet" if checkpoint is None else f"{checkpoint} is complete"
+        raise RunError(f"{reason}; {left}") from error
+
+
+def explain(error: BaseException | None) -> str | None:
+    """What went wrong, if it is the disk, the memory or a worker."""
+    if error is None:
+        return None
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+        return f"the disk is full: {text}"
+    if isinstance(error, RuntimeError) and "inline_container" in text:  # all that `torch.save` says
+        return f"a checkpoint could not be written, the disk may be full: {text}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: {text}"
+    if isinstance(error, RuntimeError) and ("DataLoader worker" in text or "subprocesses has abruptly died" in text):
+        return f"a process that reads data died: {text}"
+    return explain(error.__cause__ or error.__context__)
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -190,9 +242,16 @@ class SpeedProgressCallback(ProgressCallback):
         if "loss" not in logs:
             super().on_log(args, state, control, logs=logs, **kwargs)
         elif state.is_world_process_zero:
-            self.training_bar.set_postfix(
-                {"loss": f"{logs['loss']:.3f}", "tokens/s": f"{logs['train_tokens_per_second']:,.0f}"}
-            )
+            tokens_per_second = logs.get("tokens_per_second", logs["train_tokens_per_second"])
+            figures = {"loss": f"{logs['loss']:.3f}", "tokens/s": f"{tokens_per_second:,.0f}"}
+            if "mfu" in logs:
+                figures["MFU"] = f"{logs['mfu']:.1%}"
+            self.training_bar.set_postfix(figures)
+
+    def close(self):
+        """Ends the line of the bar of a training that failed."""
+        if self.training_bar is not None:
+            self.training_bar.close()
 
 
 def plot_loss(log_history: list[dict[str, float]], path: Path):

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers_ddl import DDLConfig, DDLForCausalLM
 from transformers_ddl.flops import (
     PARTS,
+    activation_bytes,
     count_parameters,
     forward_flops_per_token,
     state_flops_per_token,
@@ -153,3 +154,31 @@ def test_paper_sizes():
         attention = 12 * config.num_hidden_layers * config.hidden_size * 1024
         norms = parameters["norms"] + 2 * 128 * config.num_hidden_layers
         assert training_flops_per_token(config, 1024) == 6 * (total - norms) + attention
+
+
+@pytest.mark.parametrize("variant", ["additive", "scalar", "cc", "tc"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_activation_bytes(variant, dtype, gradient_checkpointing):
+    """Against the storages that a model in real memory keeps, of which there are less with checkpoints."""
+    config = tiny_config(variant, num_hidden_layers=4)
+    model = DDLForCausalLM(config).train()
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    kept = {}
+    input_ids = torch.zeros(1, 50, dtype=torch.long)
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = model(input_ids, labels=input_ids, use_cache=False).loss
+    expected = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in parameters)
+    actual = activation_bytes(config, 50, dtype, gradient_checkpointing)
+    assert actual == pytest.approx(expected, rel=0.01)  # real memory is reused for scalars that nothing else holds
+    if gradient_checkpointing:
+        assert actual < 0.7 * activation_bytes(config, 50, dtype)
+    assert loss.requires_grad

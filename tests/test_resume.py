@@ -107,10 +107,10 @@ def assert_same_run(folder: Path, uninterrupted: Path):
 # ---- kill -9 ----
 
 
-def run_until(exists: Path, cwd: Path):
+def run_until(exists: Path, cwd: Path, *overrides: str):
     """Starts the command in a process, and kills it as soon as a file is there."""
     process = subprocess.Popen(
-        [sys.executable, REPOSITORY / "scripts" / "pretrain.py", "config.yaml"],
+        [sys.executable, REPOSITORY / "scripts" / "pretrain.py", "config.yaml", *overrides],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -140,6 +140,28 @@ def test_killed_again_and_again(workplace, uninterrupted, capsys):
     assert "continuing from out/checkpoint-24" in capsys.readouterr().out
     assert_same_run(out, uninterrupted)
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-20", "checkpoint-24"}
+
+
+STREAMING = ("--data.streaming", "true", "--data.window", "25", "--data.packing", "documents")
+
+
+def test_killed_while_streaming(workplace):
+    """Continued by another number of processes that read data."""
+    assert pretrain(*STREAMING, "--training.output_dir", "uninterrupted") == 0
+    out = workplace / "out"
+    run_until(out / "checkpoint-16" / "optimizer.pt", workplace, *STREAMING, "--training.dataloader_num_workers", "2")
+    assert last_complete_checkpoint(out) == out / "checkpoint-12"
+    assert pretrain(*STREAMING) == 0
+    assert_same_run(out, workplace / "uninterrupted")
+
+    counts, expected = (
+        json.loads((each / "text_counts.json").read_text()) for each in (out, workplace / "uninterrupted")
+    )
+    assert counts == expected
+    windows = [json.loads(line) for line in (out / "stream.jsonl").read_text().splitlines()]
+    num_windows = sum(window["blocks"] < 24 * 4 for window in windows)
+    assert num_windows > 5
+    assert counts["documents"]["train"] + counts["documents"]["held_out"] == 25 * num_windows
 
 
 # ---- Damaged checkpoints ----

@@ -12,14 +12,18 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-What a configuration costs: parameters, and floating-point operations (FLOPs) per token, both exact.
+What a configuration costs: parameters, floating-point operations (FLOPs) per token and memory for activations.
 
 A multiplication and an addition count as one FLOP each. Matrix products are counted as PyTorch's `FlopCounterMode` does:
 attention over the whole sequence, the causal mask notwithstanding. The rotary table, made once for a batch, is left out.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
 from .configuration_ddl import DDLConfig
 from .modeling_ddl import DDLForCausalLM
@@ -97,3 +101,27 @@ def state_flops_per_token(config: DDLConfig) -> dict[str, int]:
         "compressor": (sublayers + 1) * taps * 2 * n * d,
         "embedding_conv": 2 * n * d * config.embedding_conv_kernel_size if config.embedding_conv else 0,
     }
+
+
+def activation_bytes(
+    config: DDLConfig, sequence_length: int, dtype: torch.dtype | None = None, gradient_checkpointing: bool = False
+) -> int:
+    """
+    Bytes that the forward pass and the loss of one sequence keep for the backward pass, parameters aside, under autocast to
+    `dtype` if given. It is what eager PyTorch keeps: the fused kernels and `torch.compile` need less.
+    """
+    with FakeTensorMode():  # a forward pass without memory and without arithmetic
+        model = DDLForCausalLM(config).train()
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        kept = {}
+        input_ids = torch.zeros(1, sequence_length, dtype=torch.long)
+        with (
+            saved_tensors_hooks(lambda tensor: kept.setdefault(tensor.untyped_storage()._cdata, tensor), lambda x: x),
+            nullcontext() if dtype is None else torch.autocast("cpu", dtype),
+        ):
+            loss = model(input_ids, labels=input_ids, use_cache=False).loss  # the graph keeps what is counted alive
+        parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        total = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in parameters)
+        del loss
+    return total

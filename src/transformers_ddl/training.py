@@ -19,6 +19,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +28,32 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
-from transformers import EvalPrediction, ProgressCallback, Trainer, TrainerState, set_seed
+from transformers import (
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .checkpoints import last_complete_checkpoint, write_atomically
 from .cli import InputError, RunError
-from .data import IGNORE_INDEX, Corpus, PackedText, pack, read_corpus, train_tokenizer
+from .data import (
+    IGNORE_INDEX,
+    PackedText,
+    TextCounts,
+    load_tokenizer,
+    pack,
+    read_corpus,
+    train_tokenizer,
+)
+from .flops import activation_bytes, count_parameters, state_flops_per_token, training_flops_per_token
 from .modeling_ddl import DDLForCausalLM
 from .settings import Run, blaming, read_settings
+from .streaming import DocumentStream, StreamedText
 from .trainer import DDLTrainer
 
 
@@ -42,32 +61,55 @@ from .trainer import DDLTrainer
 CARD_TEMPLATES = next(folder / "model_cards" for folder in Path(__file__).parents if (folder / "model_cards").is_dir())
 RUN_FILE = "run.yaml"
 RESULTS_FILE = "eval_results.json"
+COUNTS_FILE = "text_counts.json"
+JOURNAL_FILE = "stream.jsonl"
+# Another value may be given to continue a run: it changes nothing about what is trained
+FREE_FIELDS = {
+    "data.num_proc",
+    "training.dataloader_num_workers",
+    "training.dataloader_persistent_workers",
+    "training.dataloader_prefetch_factor",
+    "training.disable_tqdm",
+    "training.output_dir",  # the same folder has many paths
+    "training.report_to",
+}
 
 
 def main(arguments: list[str]):
-    """`transformers-ddl pretrain CONFIG [--section.field value ...]`."""
+    """`transformers-ddl pretrain CONFIG ... [--dry-run] [--section.field value ...]`."""
     parser = argparse.ArgumentParser(
-        prog="transformers-ddl pretrain", description="Pretrain a Deep Delta Learning language model."
+        prog="transformers-ddl pretrain",
+        usage="%(prog)s [-h] [--dry-run] CONFIG [CONFIG ...] [--section.field value ...]",
+        description="Pretrain a Deep Delta Learning language model. Started again after it was interrupted, the same "
+        "command continues from the last complete checkpoint.",
+        epilog="--section.field value sets any field of the files, for instance --model.hidden_size 256 or "
+        "--training.learning_rate=1e-3.",
+        allow_abbrev=False,
     )
-    parser.add_argument("config", help="YAML file with the sections data, tokenizer, model and training")
     parser.add_argument(
-        "overrides",
-        nargs=argparse.REMAINDER,
-        metavar="--section.field value",
-        help="any field of the file, for instance --model.hidden_size 256 or --training.learning_rate=1e-3",
+        "config",
+        nargs="+",
+        metavar="CONFIG",
+        help="YAML files with the sections data, tokenizer, model and training; later ones override earlier ones",
     )
-    options = parser.parse_args(arguments)
-    run = Run.from_settings(read_settings(options.config, options.overrides))
-    if is_finished(run):
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would cost, and write nothing")
+    options, overrides = parser.parse_known_args(arguments)
+    run = Run.from_settings(read_settings(options.config, overrides))
+    finished = is_finished(run)
+    if options.dry_run:
+        print(describe(run))
+        return
+    if finished:
         print(f"{run.training.output_dir} holds this very run, finished; delete the folder to repeat it.")
     else:
         pretrain(run)
-    results = json.loads(Path(run.training.output_dir, RESULTS_FILE).read_text())
-    print(
-        f"held-out text: {results['bits_per_byte']:.3f} bits per byte, where the entropy of single bytes is "
-        f"{results['unigram_bits_per_byte']:.3f}; loss {results['eval_loss']:.3f} nats per token, "
-        f"perplexity {results['perplexity']:.1f}"
-    )
+    if run.training.process_index == 0:
+        results = json.loads(Path(run.training.output_dir, RESULTS_FILE).read_text())
+        print(
+            f"held-out text: {results['bits_per_byte']:.3f} bits per byte, where the entropy of single bytes is "
+            f"{results['unigram_bits_per_byte']:.3f}; loss {results['eval_loss']:.3f} nats per token, "
+            f"perplexity {results['perplexity']:.1f}"
+        )
 
 
 def is_finished(run: Run) -> bool:
@@ -91,9 +133,9 @@ def is_finished(run: Run) -> bool:
 
     recorded, given = (
         {f"{section}.{name}": value for section, values in settings.items() for name, value in values.items()}
-        for settings in (read_settings(folder / RUN_FILE, []), run.settings)
+        for settings in (read_settings([folder / RUN_FILE], []), run.settings)
     )
-    names = (recorded.keys() | given.keys()) - {"training.output_dir"}  # the same folder has many paths
+    names = (recorded.keys() | given.keys()) - FREE_FIELDS
     different = sorted(name for name in names if recorded.get(name) != given.get(name))
     if different:
         raise InputError(
@@ -102,46 +144,125 @@ def is_finished(run: Run) -> bool:
     return (folder / RESULTS_FILE).is_file()
 
 
+def describe(run: Run) -> str:
+    """
+    What a run costs and where it goes. Data are read only if their amount decides the number of steps.
+
+    Raises:
+        `InputError`: if data or a tokenizer that are needed cannot be read.
+    """
+    args, config = run.training, run.model
+    block_size = config.max_position_embeddings
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if run.tokenizer.name is not None:
+        config.vocab_size = run.tokenizer.num_embeddings(len(load_tokenizer(run.tokenizer.name)))
+    else:
+        config.vocab_size = run.tokenizer.num_embeddings(run.tokenizer.vocab_size)
+    steps = args.max_steps
+    if steps < 1:
+        text = read_text(run)
+        config.vocab_size = run.tokenizer.num_embeddings(len(text.tokenizer))
+        steps = math.ceil(math.ceil(len(text.train) / batch_size) * args.num_train_epochs)
+
+    parameters = count_parameters(config)
+    num_parameters = sum(parameters.values())
+    flops = training_flops_per_token(config, block_size)
+    tokens = steps * batch_size * block_size
+    activations = args.train_batch_size * activation_bytes(
+        config, block_size, torch.bfloat16 if args.bf16 else None, args.gradient_checkpointing
+    )
+    return "\n".join(
+        (
+            f"parameters: {num_parameters:,} ("
+            + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in parameters.items() if count)
+            + ")",
+            f"FLOPs per token, forward and backward: {flops:,} in matrix products, "
+            f"{3 * sum(state_flops_per_token(config).values()):,} element-wise on the residual state",
+            f"memory: {16 * num_parameters / 2**30:,.2f} GiB for parameters, gradients and AdamW's moments in float32 if "
+            f"they are not sharded, {activations / 2**30:,.2f} GiB for activations on each device (eager PyTorch)",
+            f"steps: {steps:,} of {batch_size:,} sequences of {block_size:,} tokens",
+            f"tokens: {tokens:,}, for {flops * tokens:.3g} FLOPs",
+            f"output: {Path(args.output_dir).resolve()}",
+        )
+    )
+
+
+@dataclass
+class Text:
+    """What a model is trained and evaluated on."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: torch.utils.data.Dataset
+    held_out: PackedText
+    counts: TextCounts | None  # with streaming, they are known after training
+
+
+def read_text(run: Run) -> Text:
+    """
+    Raises:
+        `InputError`: if the data or the tokenizer cannot be used.
+    """
+    stream = DocumentStream(run.data, run.training.seed) if run.data.streaming else None
+    corpus = stream.sample() if stream else read_corpus(run.data)
+    if run.tokenizer.name is not None:
+        tokenizer = load_tokenizer(run.tokenizer.name)
+    else:
+        tokenizer = train_tokenizer(corpus.train["text"], run.tokenizer.vocab_size)
+    options = {
+        "block_size": run.model.max_position_embeddings,
+        "keep_documents_apart": run.data.packing == "documents",
+    }
+    held_out = pack(corpus.held_out, tokenizer, num_proc=run.data.num_proc, **options)
+    if stream:
+        journal = Path(run.training.output_dir, JOURNAL_FILE)
+        return Text(tokenizer, StreamedText(stream, tokenizer, journal, **options), held_out, None)
+    train = pack(corpus.train, tokenizer, num_proc=run.data.num_proc, **options)
+    return Text(tokenizer, train.blocks, held_out, TextCounts(corpus.counts, train.num_tokens, train.num_bytes))
+
+
 def pretrain(run: Run):
     """
-    Trains a tokenizer and a model and fills the output folder; continues from its last complete checkpoint if it has one.
-    The process may be killed at any moment: the same call then goes on from there.
+    Makes or loads a tokenizer, trains a model and fills the output folder; continues from its last complete checkpoint if it
+    has one. The process may be killed at any moment: the same call then goes on from there.
 
     Raises:
         `InputError`: if the data or the training arguments cannot be used; then nothing has been written.
         `RunError`: if training fails for want of disk space or memory, with a loss that is not finite, or because a process
             that reads data died. The complete checkpoints are left.
     """
-    corpus = read_corpus(run.data)
-    print(f"data: {run.data.source}: {corpus}")
-    tokenizer = train_tokenizer(corpus.train["text"], run.tokenizer.vocab_size)
-    train, held_out = (
-        pack(documents, tokenizer, block_size=run.model.max_position_embeddings)
-        for documents in (corpus.train, corpus.held_out)
-    )
-    print(
-        f"tokens: vocabulary of {len(tokenizer):,}; {train.num_tokens:,} to train on, {held_out.num_tokens:,} held out"
-    )
+    report = print if run.training.process_index == 0 else lambda *_: None
+    with run.training.main_process_first(desc="reading text"):  # the others find it in the cache
+        text = read_text(run)
+    if text.counts is None:
+        report(f"data: {run.data.name}: streamed, {len(text.held_out.documents):,} held-out documents to evaluate on")
+    else:
+        report(f"data: {run.data.name}: {text.counts.documents}")
+    trained_on = "" if text.counts is None else f"{text.counts.num_tokens:,} to train on, "
+    report(f"tokens: vocabulary of {len(text.tokenizer):,}; {trained_on}{text.held_out.num_tokens:,} held out")
 
-    config = run.model
-    config.vocab_size = len(tokenizer)
+    config, tokenizer = run.model, text.tokenizer
+    config.vocab_size = run.tokenizer.num_embeddings(len(tokenizer))
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     use_cache = config.use_cache
     set_seed(run.training.seed)
     model = DDLForCausalLM(config)
-    print(f"model: {model.num_parameters():,} parameters")
+    report(f"model: {model.num_parameters():,} parameters")
 
-    run.training.include_num_input_tokens_seen = "all"  # for the tokens/s of the progress bar and the model card
+    run.training.include_num_input_tokens_seen = "all"  # for tokens/s, the model card, and the place in a stream
+    if run.data.streaming:
+        run.training.ignore_data_skip = True  # `StreamedText` itself begins where it must
+        run.training.dataloader_num_workers = min(1, run.training.dataloader_num_workers)
     with blaming("training"):
         trainer = DDLTrainer(
             model=model,
             args=run.training,
-            train_dataset=train.blocks,
-            eval_dataset=held_out.blocks,
+            train_dataset=text.train,
+            eval_dataset=text.held_out.blocks,
             processing_class=tokenizer,
             preprocess_logits_for_metrics=token_losses,
             compute_metrics=mean_loss,
+            callbacks=[SampleCallback],
         )
     progress = SpeedProgressCallback()
     if not run.training.disable_tqdm:
@@ -150,15 +271,26 @@ def pretrain(run: Run):
 
     folder = Path(run.training.output_dir)
     with explaining_failures(folder), closing(progress):
-        write_atomically(folder / RUN_FILE, yaml.safe_dump(run.settings, sort_keys=False))
+        if trainer.is_world_process_zero():
+            write_atomically(folder / RUN_FILE, yaml.safe_dump(run.settings, sort_keys=False))
         train_from_last_checkpoint(trainer)
-        results = evaluate(trainer, held_out)
+        results = evaluate(trainer, text.held_out)
 
         config.use_cache = use_cache  # Trainer turned it off, and generating without is slow
         trainer.save_model()
+        if not trainer.is_world_process_zero():
+            return
+        if text.counts is None:
+            text.counts = text.train.count_text(blocks_seen(trainer))
+            report(f"data: {run.data.name}: {text.counts.documents}")
+        write_atomically(folder / COUNTS_FILE, json.dumps(asdict(text.counts), indent=4))
         plot_loss(trainer.state.log_history, folder / "loss.png")
-        write_model_card(folder / "README.md", run, corpus, train, trainer, results)
+        write_model_card(folder / "README.md", run, text.counts, trainer, results)
         write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=4, sort_keys=True))  # the run is finished
+
+
+def blocks_seen(trainer: Trainer) -> int:
+    return trainer.state.num_input_tokens_seen // trainer.model.config.max_position_embeddings
 
 
 def train_from_last_checkpoint(trainer: DDLTrainer):
@@ -167,13 +299,15 @@ def train_from_last_checkpoint(trainer: DDLTrainer):
     if checkpoint is None:
         trainer.train()
         return
-    print(f"continuing from {checkpoint}")
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    if state.global_step < state.max_steps:
+    if trainer.is_world_process_zero():
+        print(f"continuing from {checkpoint}")
+    trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    if isinstance(trainer.train_dataset, StreamedText):
+        trainer.train_dataset.first_block = blocks_seen(trainer)
+    if trainer.state.global_step < trainer.state.max_steps:
         trainer.train(resume_from_checkpoint=str(checkpoint))
     else:  # Trainer might make one step more
         trainer._load_from_checkpoint(str(checkpoint))
-        trainer.state = state
 
 
 @contextmanager
@@ -254,6 +388,29 @@ class SpeedProgressCallback(ProgressCallback):
             self.training_bar.close()
 
 
+class SampleCallback(TrainerCallback):
+    """Writes a continuation of nothing at every checkpoint to `samples/step-....txt`, where the model is in one piece."""
+
+    def on_save(self, args, state, control, model=None, processing_class=None, **kwargs):
+        if not state.is_world_process_zero or args.fsdp or args.deepspeed:
+            return
+        devices = [args.device] if args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # training goes on as if there had been no sample
+            torch.manual_seed(args.seed)
+            model.eval()
+            tokens = model.generate(
+                torch.tensor([[processing_class.eos_token_id]], device=args.device),
+                do_sample=True,
+                max_length=min(128, model.config.max_position_embeddings),
+                pad_token_id=processing_class.eos_token_id,
+                use_cache=True,
+            )
+        folder = Path(args.output_dir, "samples")
+        folder.mkdir(exist_ok=True)
+        text = processing_class.decode(tokens[0, 1:], skip_special_tokens=True)
+        (folder / f"step-{state.global_step:08d}.txt").write_text(text, encoding="utf-8")
+
+
 def plot_loss(log_history: list[dict[str, float]], path: Path):
     """Draws the losses that Trainer logged."""
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -270,8 +427,7 @@ def plot_loss(log_history: list[dict[str, float]], path: Path):
 def write_model_card(
     path: Path,
     run: Run,
-    corpus: Corpus,
-    train: PackedText,
+    train: TextCounts,
     trainer: Trainer,
     results: dict[str, float],
 ):
@@ -280,8 +436,8 @@ def write_model_card(
     eval_results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=run.data.source,
-            dataset_name=f"{run.data.source} (held-out documents)",
+            dataset_type=run.data.name,
+            dataset_name=f"{run.data.name} (held-out documents)",
             metric_type=metric,
             metric_value=results[metric],
         )
@@ -297,12 +453,12 @@ def write_model_card(
         ),
         template_path=CARD_TEMPLATES / "pretrained.md",
         block_size=run.model.max_position_embeddings,
-        corpus=corpus,
+        corpus=train.documents,
         name=name,
         num_parameters=trainer.model.num_parameters(),
         results=results,
         settings=yaml.safe_dump(run.settings, sort_keys=False),
-        source=run.data.source,
+        source=run.data.name,
         state=trainer.state,
         train=train,
     )

@@ -186,6 +186,16 @@ def test_tokens_are_made_once_and_stay_on_disk(tmp_path, tokenizer):
     assert all(torch.equal(again[7][name], first.blocks[7][name]) for name in ("input_ids", "labels"))
 
 
+def test_processes(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in sentences(500)])
+    blocks = []
+    for num_proc in (None, 2):
+        corpus = read_corpus(DataArguments(str(tmp_path / "a.jsonl"), num_proc=num_proc))
+        blocks.append(pack(corpus.train, tokenizer, 16, num_proc=num_proc).blocks)
+    assert len(blocks[0]) == len(blocks[1])
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(*blocks))
+
+
 def test_stdlib(tmp_path, monkeypatch):
     for name in ("os.py", "json/decoder.py", "site-packages/pip/main.py", "test/test_os.py", "asyncio/__init__.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -167,6 +167,17 @@ def test_killed_while_streaming(workplace):
 # ---- Damaged checkpoints ----
 
 
+def with_callback(callback):
+    """A constructor of trainers that have one more callback."""
+
+    def construct(**kwargs):
+        trainer = DDLTrainer(**kwargs)
+        trainer.add_callback(callback)
+        return trainer
+
+    return construct
+
+
 class Interruption(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 14:
@@ -177,7 +188,7 @@ class Interruption(TrainerCallback):
 def interrupted(workplace, monkeypatch):
     """A workplace whose run was stopped at step 14, with the checkpoints of steps 8 and 12."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "DDLTrainer", lambda **kwargs: DDLTrainer(callbacks=[Interruption], **kwargs))
+        patch.setattr(training, "DDLTrainer", with_callback(Interruption))
         pretrain()
     return workplace
 
@@ -236,6 +247,20 @@ def test_manifest_covers_folders(tmp_path):
     assert find_damage(tmp_path) == "the content of shards/0.distcp has changed"
 
 
+def test_another_split_of_the_batch(interrupted, uninterrupted):
+    """4 sequences a step, as before. Sums in another order round differently."""
+    accumulation = "--training.gradient_accumulation_steps"
+    assert pretrain("--training.per_device_train_batch_size", "1", accumulation, "4") == 0
+    for (step, loss, *_), (expected_step, expected, *_) in zip(curve(interrupted / "out"), curve(uninterrupted)):
+        assert (step, loss) == (expected_step, pytest.approx(expected, rel=1e-4))
+
+
+def test_another_batch(interrupted, capsys):
+    assert pretrain("--training.gradient_accumulation_steps", "3") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "it is 6; allowed: 4, with which the run in 'out' was begun" in error
+
+
 # ---- Failures ----
 
 
@@ -262,7 +287,7 @@ class Poison(TrainerCallback):
 
 
 def test_loss_that_is_not_finite(workplace, monkeypatch, capsys):
-    monkeypatch.setattr(training, "DDLTrainer", lambda **kwargs: DDLTrainer(callbacks=[Poison], **kwargs))
+    monkeypatch.setattr(training, "DDLTrainer", with_callback(Poison))
     assert pretrain() == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == "error: loss is nan at step 15; out/checkpoint-12 is complete"

@@ -76,6 +76,11 @@ def test_torn_journal(args, tokenizer, tmp_path):
     (tmp_path / "journal").write_text(journal[: len(journal) // 2])
     assert torch.equal(read(streamed(args, tokenizer, tmp_path / "journal"), 20, 80), everything[20:100])
     assert (tmp_path / "journal").read_text() == journal
+    # What the worker of a killed process adds
+    lines = journal.splitlines(keepends=True)
+    (tmp_path / "journal").write_text("".join([*lines[:3], lines[4], lines[2], lines[3]]))
+    assert torch.equal(read(streamed(args, tokenizer, tmp_path / "journal"), 20, 80), everything[20:100])
+    assert (tmp_path / "journal").read_text() == journal
 
 
 def test_every_document_is_read_once_before_a_source_begins_again(args):

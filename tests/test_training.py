@@ -210,7 +210,7 @@ def test_dry_run(workplace, capsys):
     config.vocab_size = 300
     flops = training_flops_per_token(config, BLOCK_SIZE)
     assert f"parameters: {sum(count_parameters(config).values()):,} (embedding 9,600, " in with_steps
-    assert f"FLOPs per token, forward and backward: {flops:,} in matrix products" in with_steps
+    assert f"FLOPs per token: {flops:,} in matrix products, forward and backward; " in with_steps
     assert "memory: " in with_steps and " GiB for activations" in with_steps
     assert f"steps: 4 of 8 sequences of {BLOCK_SIZE} tokens" in with_steps
     assert f"tokens: {4 * 8 * BLOCK_SIZE:,}, for {4 * 8 * BLOCK_SIZE * flops:.3g} FLOPs" in with_steps

@@ -189,12 +189,14 @@ class StreamedText(torch.utils.data.IterableDataset):
         the documents, tokens and bytes in it.
         """
         entries = []
-        if self.journal.exists():
-            for line in self.journal.read_text(encoding="utf-8").splitlines():
-                try:
-                    entries.append(json.loads(line))
-                except ValueError:  # the process was killed while it wrote this line
-                    break
+        for line in self.journal.read_text(encoding="utf-8").splitlines() if self.journal.exists() else ():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the process was killed while it wrote this line
+                continue
+            # The worker of a process that was killed lives some seconds longer and may write a window once more
+            if entry["state"]["window"] == len(entries):
+                entries.append(entry)
         return entries
 
     def count_text(self, num_blocks: int) -> TextCounts:

@@ -25,6 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, broadcast_object_list
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
@@ -35,9 +37,11 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerState,
+    TrainingArguments,
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
 from .checkpoints import last_complete_checkpoint, write_atomically
 from .cli import InputError, RunError
@@ -63,14 +67,17 @@ RUN_FILE = "run.yaml"
 RESULTS_FILE = "eval_results.json"
 COUNTS_FILE = "text_counts.json"
 JOURNAL_FILE = "stream.jsonl"
-# Another value may be given to continue a run: it changes nothing about what is trained
+# Another value may be given to continue a run: it changes nothing about what is trained. Of the batch sizes the product counts,
+# with the number of processes: `BatchSize` keeps it.
 FREE_FIELDS = {
     "data.num_proc",
     "training.dataloader_num_workers",
     "training.dataloader_persistent_workers",
     "training.dataloader_prefetch_factor",
     "training.disable_tqdm",
+    "training.gradient_accumulation_steps",
     "training.output_dir",  # the same folder has many paths
+    "training.per_device_train_batch_size",
     "training.report_to",
 }
 
@@ -102,7 +109,8 @@ def main(arguments: list[str]):
     if finished:
         print(f"{run.training.output_dir} holds this very run, finished; delete the folder to repeat it.")
     else:
-        pretrain(run)
+        with explaining_failures(Path(run.training.output_dir)):
+            pretrain(run)
     if run.training.process_index == 0:
         results = json.loads(Path(run.training.output_dir, RESULTS_FILE).read_text())
         print(
@@ -153,7 +161,7 @@ def describe(run: Run) -> str:
     """
     args, config = run.training, run.model
     block_size = config.max_position_embeddings
-    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch_size = sequences_per_step(args)
     if run.tokenizer.name is not None:
         config.vocab_size = run.tokenizer.num_embeddings(len(load_tokenizer(run.tokenizer.name)))
     else:
@@ -176,8 +184,8 @@ def describe(run: Run) -> str:
             f"parameters: {num_parameters:,} ("
             + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in parameters.items() if count)
             + ")",
-            f"FLOPs per token, forward and backward: {flops:,} in matrix products, "
-            f"{3 * sum(state_flops_per_token(config).values()):,} element-wise on the residual state",
+            f"FLOPs per token: {flops:,} in matrix products, forward and backward; "
+            f"{sum(state_flops_per_token(config).values()):,} element-wise on the residual state, forward alone",
             f"memory: {16 * num_parameters / 2**30:,.2f} GiB for parameters, gradients and AdamW's moments in float32 if "
             f"they are not sharded, {activations / 2**30:,.2f} GiB for activations on each device (eager PyTorch)",
             f"steps: {steps:,} of {batch_size:,} sequences of {block_size:,} tokens",
@@ -227,8 +235,7 @@ def pretrain(run: Run):
 
     Raises:
         `InputError`: if the data or the training arguments cannot be used; then nothing has been written.
-        `RunError`: if training fails for want of disk space or memory, with a loss that is not finite, or because a process
-            that reads data died. The complete checkpoints are left.
+        `RunError`: if the loss is not finite any more. The complete checkpoints are left, as after any other failure.
     """
     report = print if run.training.process_index == 0 else lambda *_: None
     with run.training.main_process_first(desc="reading text"):  # the others find it in the cache
@@ -262,7 +269,7 @@ def pretrain(run: Run):
             processing_class=tokenizer,
             preprocess_logits_for_metrics=token_losses,
             compute_metrics=mean_loss,
-            callbacks=[SampleCallback],
+            callbacks=[SampleCallback(), BatchSize(sequences_per_step(run.training))],
         )
     progress = SpeedProgressCallback()
     if not run.training.disable_tqdm:
@@ -270,7 +277,7 @@ def pretrain(run: Run):
         trainer.add_callback(progress)
 
     folder = Path(run.training.output_dir)
-    with explaining_failures(folder), closing(progress):
+    with closing(progress):
         if trainer.is_world_process_zero():
             write_atomically(folder / RUN_FILE, yaml.safe_dump(run.settings, sort_keys=False))
         train_from_last_checkpoint(trainer)
@@ -289,19 +296,41 @@ def pretrain(run: Run):
         write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=4, sort_keys=True))  # the run is finished
 
 
+def sequences_per_step(args: TrainingArguments) -> int:
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+class BatchSize(TrainerCallback, ExportableState):
+    """Keeps in every checkpoint the number of sequences of an optimizer step, by all processes."""
+
+    def __init__(self, sequences_per_step: int):
+        self.sequences_per_step = sequences_per_step
+
+    def state(self) -> dict:
+        return {"args": {"sequences_per_step": self.sequences_per_step}, "attributes": {}}
+
+
 def blocks_seen(trainer: Trainer) -> int:
     return trainer.state.num_input_tokens_seen // trainer.model.config.max_position_embeddings
 
 
 def train_from_last_checkpoint(trainer: DDLTrainer):
     """Trains up to the last step, or loads the checkpoint of the last step if that is already there."""
-    checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir))
+    is_main_process = trainer.is_world_process_zero()
+    checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir)) if is_main_process else None
+    (checkpoint,) = broadcast_object_list([checkpoint])
     if checkpoint is None:
         trainer.train()
         return
-    if trainer.is_world_process_zero():
+    if is_main_process:
         print(f"continuing from {checkpoint}")
     trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    batch_size = trainer.state.stateful_callbacks[BatchSize.__name__]["args"]["sequences_per_step"]
+    if sequences_per_step(trainer.args) != batch_size:
+        raise InputError(
+            f"training.per_device_train_batch_size: times gradient_accumulation_steps and the number of processes it is "
+            f"{sequences_per_step(trainer.args)}; allowed: {batch_size}, with which the run in {trainer.args.output_dir!r} was begun"
+        )
     if isinstance(trainer.train_dataset, StreamedText):
         trainer.train_dataset.first_block = blocks_seen(trainer)
     if trainer.state.global_step < trainer.state.max_steps:
@@ -392,7 +421,8 @@ class SampleCallback(TrainerCallback):
     """Writes a continuation of nothing at every checkpoint to `samples/step-....txt`, where the model is in one piece."""
 
     def on_save(self, args, state, control, model=None, processing_class=None, **kwargs):
-        if not state.is_world_process_zero or args.fsdp or args.deepspeed:
+        sharded = AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if sharded or not state.is_world_process_zero:
             return
         devices = [args.device] if args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # training goes on as if there had been no sample

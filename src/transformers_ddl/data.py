@@ -24,7 +24,6 @@ import hashlib
 import math
 import re
 import sysconfig
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
@@ -229,6 +228,16 @@ def read_corpus(args: DataArguments) -> Corpus:
         documents = interleave_datasets(
             tables, probabilities=list(weights / weights.sum()), seed=0, stopping_strategy="all_exhausted"
         )
+    corpus = _split(documents, args) if len(documents) else Corpus(documents, documents)
+    if not len(corpus.train) or not len(corpus.held_out):
+        raise InputError(
+            f"data.source: {args.name!r} holds too little text ({corpus}); "
+            "allowed: at least two different documents, of which data.held_out leaves one for training"
+        )
+    return corpus
+
+
+def _split(documents: Dataset, args: DataArguments) -> Corpus:
     checked = documents.map(
         check_documents,
         batched=True,
@@ -237,22 +246,14 @@ def read_corpus(args: DataArguments) -> Corpus:
         num_proc=args.num_proc,
         desc="checking documents",
     )
-
-    problems, hashes = (checked[name] if len(checked) else [] for name in ("problem", "hash"))
-    usable = np.array([problem is None for problem in problems], dtype=bool)
-    hashes = np.array(hashes, dtype=float)
+    problems, hashes = checked.data.column("problem"), checked.data.column("hash").to_numpy()
+    usable = problems.is_null().to_numpy()
     threshold = max(args.held_out, min(hashes[usable], default=0))
-    corpus = Corpus(
+    return Corpus(
         train=documents.select(np.flatnonzero(usable & (hashes > threshold))),
         held_out=documents.select(np.flatnonzero(usable & (hashes <= threshold))),
-        skipped=dict(Counter(problem for problem in problems if problem is not None)),
+        skipped={each["values"]: each["counts"] for each in problems.drop_null().value_counts().to_pylist()},
     )
-    if not len(corpus.train) or not len(corpus.held_out):
-        raise InputError(
-            f"data.source: {args.name!r} holds too little text ({corpus}); "
-            "allowed: at least two different documents, of which data.held_out leaves one for training"
-        )
-    return corpus
 
 
 def check_documents(documents: dict[str, list]) -> dict[str, list]:
@@ -557,5 +558,5 @@ def pack(
     return PackedText(
         documents=documents,
         blocks=Blocks(tokens, tokenizer, block_size, keep_documents_apart),
-        num_bytes=sum(tokens["num_bytes"]),
+        num_bytes=int(tokens.data.column("num_bytes").to_numpy().sum()),
     )

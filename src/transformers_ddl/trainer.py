@@ -83,6 +83,10 @@ class DDLTrainer(Trainer):
         input_ids = inputs["input_ids"]
         return input_ids.numel() * self.flops_per_token(input_ids.shape[1])
 
+    def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]):
+        # Batches are of one size on all processes; gathering the sizes would wait for the device in every step
+        self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
+
     def log(self, logs: dict[str, float], start_time: float | None = None):
         """Adds, since the last log: tokens per second, and their share of what the devices could do (MFU)."""
         if "loss" in logs:

@@ -31,7 +31,7 @@ NUM_A, NUM_B = 53, 17
 
 @pytest.fixture
 def args(tmp_path):
-    rows = [f"sentence number {i}" for i in range(NUM_A)] + [None, " "]
+    rows = [None, " "] + [f"sentence number {i}" for i in range(NUM_A)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
     (tmp_path / "b.txt").write_text("\n".join(f"line {i}" for i in range(NUM_B)))
     mixture = [{"source": str(tmp_path / "a.jsonl"), "weight": 3}, {"source": str(tmp_path / "b.txt")}]

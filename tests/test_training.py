@@ -316,6 +316,25 @@ def test_runs_are_reproducible(workplace):
         (["--model.hidden_size.x", "1"], "--model.hidden_size.x: hidden_size is 32 and has no fields"),
         (["--model.hidden_size", "[1"], "--model.hidden_size: '[1' is not YAML"),
         # Data
+        (
+            ["--data.packing", "loose"],
+            "data.packing: 'loose' has the wrong type; allowed: typing.Literal['concatenate',",
+        ),
+        (
+            ["--data.source", "[{weight: 1}]"],
+            "data: source: {'weight': 1} must have the field source and no others but",
+        ),
+        (["--data.source", "[{source: corpus.txt, weight: -1}]"], "data: weight must be positive, got -1"),
+        (["--data.source", "[{source: corpus.txt}, {source: missing.txt}]"], "no file or folder 'missing.txt'"),
+        (
+            ["--data.streaming", "true", "--training.max_steps", "-1"],
+            "training.max_steps: missing; with data.streaming",
+        ),
+        (
+            ["--tokenizer.name", "gpt2"],
+            "tokenizer: one of vocab_size (to train a tokenizer) and name (to load one) must",
+        ),
+        (["--tokenizer.vocab_size", "null", "--tokenizer.name", "no/where"], "tokenizer.name: cannot load 'no/where'"),
         (["--data.source", "missing.txt"], "data.source: no file or folder 'missing.txt'; allowed: 'stdlib', a file,"),
         (["--data.source", "owner/dataset"], "data.source: cannot read 'owner/dataset'"),
         (

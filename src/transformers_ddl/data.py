@@ -238,6 +238,7 @@ def read_corpus(args: DataArguments) -> Corpus:
 
 
 def _split(documents: Dataset, args: DataArguments) -> Corpus:
+    """Splits documents, of which there is at least one."""
     checked = documents.map(
         check_documents,
         batched=True,
@@ -385,8 +386,8 @@ def _load_table(
     except (DatasetsError, OSError, RuntimeError, ValueError) as error:
         raise InputError(f"data.source: cannot read {source.source!r}: {error.__cause__ or error}") from error
 
-    dtype = table.features[column].dtype if table.features else type(row[column]).__name__
-    if dtype not in ("string", "large_string", "str"):
+    dtype = table.features[column].dtype if table.features else type(row[column]).__name__  # JSON has no schema
+    if dtype not in ("string", "large_string", "str", "NoneType"):
         raise InputError(
             f"data.text_column: column {column!r} of {source.source!r} holds {dtype}; allowed: a column of strings"
         )

@@ -15,6 +15,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,32 @@ def test_killed_while_streaming(workplace):
     num_windows = sum(window["blocks"] < 24 * 4 for window in windows)
     assert num_windows > 5
     assert counts["documents"]["train"] + counts["documents"]["held_out"] == 25 * num_windows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_two_processes_continued_by_one(workplace, streaming):
+    """The same sequences in every step: the losses differ by the order of sums alone."""
+    source = ("--data.streaming", streaming, "--data.window", "25")
+    assert pretrain(*source, "--training.output_dir", "one") == 0
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        REPOSITORY / "scripts" / "pretrain.py",
+    ]
+    accumulation = ("--training.gradient_accumulation_steps", "1")
+    process = subprocess.run([*launch, "config.yaml", *source, *accumulation], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    two = curve(workplace / "out")
+    shutil.rmtree(workplace / "out" / "checkpoint-24")
+    (workplace / "out" / "eval_results.json").unlink()
+    assert pretrain(*source) == 0
+    for losses in (two, curve(workplace / "out")):
+        for (step, loss, *_), (expected_step, expected, *_) in zip(losses, curve(workplace / "one"), strict=True):
+            assert (step, loss) == (expected_step, pytest.approx(expected, rel=1e-4))
 
 
 # ---- Damaged checkpoints ----

@@ -49,7 +49,7 @@ def test_parameter_counts(size, residual):
     counts = count_parameters(config)
     conv = counts.pop("embedding_conv")
     compressors = counts.pop("compressors")
-    heads = counts.pop("gates_and_targets")
+    heads = counts.pop("residual")
     assert sum(counts.values()) / 1e6 == pytest.approx(millions, abs=0.6)
 
     n = {"additive": 0, "scalar": 1}.get(residual, 4)

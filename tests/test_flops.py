@@ -27,7 +27,7 @@ from transformers_ddl.flops import (
     state_flops_per_token,
     training_flops_per_token,
 )
-from transformers_ddl.modeling_ddl import COMPRESSORS, DDLEmbeddingConvolution, delta_rewrite
+from transformers_ddl.modeling_ddl import COMPRESSORS, RESIDUALS, DDLChannelCompressor, DDLEmbeddingConvolution
 
 
 BATCH, TOKENS = 2, 7
@@ -50,7 +50,10 @@ def counted_by_module(counter):
     return counted, counter.get_total_flops() - rotary
 
 
-@pytest.fixture(params=[(v, o) for v in VARIANTS for o in OPTIONS if v != "additive" or o not in OPTIONS_OF_DELTA])
+GATED = [name for name in VARIANTS if tiny_config(name).has_gates]
+
+
+@pytest.fixture(params=[(v, o) for v in VARIANTS for o in OPTIONS if v in GATED or o not in OPTIONS_OF_DELTA])
 def config(request):
     variant, option = request.param
     config = tiny_config(variant, **OPTIONS[option])
@@ -66,10 +69,11 @@ def test_parameters(config):
     d, layers = config.hidden_size, config.num_hidden_layers
     assert counts["embedding"] == config.vocab_size * d
     assert counts["head"] == (0 if config.tie_word_embeddings else config.vocab_size * d)
-    assert counts["mlp"] == layers * (3 * d * config.intermediate_size + config.mlp_bias * (2 * 28 + d))
+    outputs = config.num_delta_steps * d
+    assert counts["mlp"] == layers * (28 * (2 * d + outputs) + config.mlp_bias * (2 * 28 + outputs))
     norms_of_heads = 0 if config.qk_norm is None else 2 * config.head_dim * layers
     assert counts["attention"] - norms_of_heads == layers * (
-        d * 6 * (4 + 2 + 2 + 4) + config.attention_bias * (6 * (4 + 2 + 2) + d)
+        6 * (d * (4 + 2 + 2) + 4 * outputs) + config.attention_bias * (6 * (4 + 2 + 2) + outputs)
     )
 
 
@@ -124,15 +128,23 @@ def test_state_flops(variant):
         shorter = elementwise_flops(function, *[value[:, :-1] for value in inputs])
         return totals - shorter[0], products - shorter[1]
 
-    state, vector = torch.ones(n, d), torch.ones(d)
-    if config.residual_type == "delta":
-        rewrite, _ = per_token(lambda *inputs: delta_rewrite(*inputs, 1e-5), state, vector, torch.ones(n), vector[0])
+    state, vector, ones = torch.ones(n, d), torch.ones(d), torch.ones(n)
+    steps = config.num_delta_steps
+    _, carry_out = RESIDUALS[config.residual_type]
+    if config.has_gates:
+        writes = [vector.repeat(steps), ones.repeat(steps), torch.ones(steps)]
+    elif config.reads_by_residual:
+        writes = [vector, ones, torch.ones(n, n)]
     else:
-        rewrite = d
-    assert flops["rewrite"] == 6 * rewrite
+        writes = [vector, ones] if n > 1 else [vector]
+    write, _ = per_token(lambda *inputs: carry_out(config, *inputs), state, *writes)
+    assert flops["write"] == 6 * write
 
     # The product and the addition to the sum for each tap
-    compressor = COMPRESSORS[config.compressor](config)
+    if config.reads_by_residual:
+        compressor = DDLChannelCompressor(config)
+    else:
+        compressor = COMPRESSORS[config.compressor](config)
     _, products = per_token(lambda inputs: compressor(inputs, layer_idx=0, state_idx=0), state)
     assert flops["compressor"] == 7 * 2 * products
     if config.embedding_conv:
@@ -156,7 +168,7 @@ def test_paper_sizes():
         assert training_flops_per_token(config, 1024) == 6 * (total - norms) + attention
 
 
-@pytest.mark.parametrize("variant", ["additive", "scalar", "cc", "tc"])
+@pytest.mark.parametrize("variant", ["additive", "scalar", "cc", "tc", "mhc"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_activation_bytes(variant, dtype, gradient_checkpointing):

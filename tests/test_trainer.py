@@ -62,8 +62,15 @@ COMPRESSORS = {
     "model.readout.weight",
     "model.readout.read",
 }
+READOUT = {"model.readout.weight", "model.readout.read"}
 EXPANSION = {"model.embedding_conv.weight"}
 MLP_COMPRESSOR = {"model.layers.0.mlp_compressor.weight", "model.layers.0.mlp_compressor.read"}
+
+
+def of_residuals(*names):
+    return {f"model.layers.0.{sublayer}_residual.{name}" for sublayer in ("attn", "mlp") for name in names}
+
+
 NOT_DECAYED_IN = {
     "scalar": DELTA_BIASES,
     "cc": DELTA_BIASES | COMPRESSORS | EXPANSION,
@@ -71,7 +78,18 @@ NOT_DECAYED_IN = {
     "tc": DELTA_BIASES | COMPRESSORS | EXPANSION,
     "tc-repeat": DELTA_BIASES | COMPRESSORS,
     "tc-separate": DELTA_BIASES | COMPRESSORS | EXPANSION | MLP_COMPRESSOR,
+    "multi-step": DELTA_BIASES | COMPRESSORS | EXPANSION,
+    "write-only": DELTA_BIASES | COMPRESSORS | EXPANSION,
     "additive": set(),
+    "expanded-additive": COMPRESSORS | EXPANSION | of_residuals("amplitude"),
+    "hc": READOUT | of_residuals("static", "scale", "norm.weight"),
+    "mhc": READOUT | of_residuals("base", "scale"),
+}
+MATRICES_OF = {
+    "additive": set(),
+    "expanded-additive": set(),
+    "hc": {"attn_residual.dynamic", "mlp_residual.dynamic"},
+    "mhc": {"attn_residual.fn", "mlp_residual.fn"},
 }
 
 
@@ -95,7 +113,7 @@ def test_weight_decay_by_name(tmp_path, variant, options, also_decayed, not_deca
     names = {parameter: name for name, parameter in model.named_parameters()}
     decayed, others = ({names[parameter] for parameter in group["params"]} for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0]
-    matrices = MATRICES if variant == "additive" else MATRICES | DELTA_MATRICES
+    matrices = MATRICES | MATRICES_OF.get(variant, DELTA_MATRICES)
     assert decayed == {f"model.layers.0.{name}" for name in matrices} | also_decayed
     assert others == NOT_DECAYED | NOT_DECAYED_IN[variant] | not_decayed
 

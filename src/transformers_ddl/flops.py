@@ -18,6 +18,7 @@ A multiplication and an addition count as one FLOP each. Matrix products are cou
 attention over the whole sequence, the causal mask notwithstanding. The rotary table, made once for a batch, is left out.
 """
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
@@ -26,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from .configuration_ddl import DDLConfig
-from .modeling_ddl import DDLForCausalLM
+from .modeling_ddl import DDLForCausalLM, DDLHyperConnection, DDLManifoldHyperConnection
 
 
 # A part of the model: the names of the modules that belong to it
@@ -35,7 +36,7 @@ PARTS = {
     "embedding_conv": {"embedding_conv"},
     "attention": {"self_attn"},
     "mlp": {"mlp"},
-    "gates_and_targets": {"attn_residual", "mlp_residual"},
+    "residual": {"attn_residual", "mlp_residual"},
     "compressors": {"compressor", "mlp_compressor", "readout"},
     "norms": {"input_layernorm", "post_attention_layernorm", "norm"},
     "head": {"lm_head"},
@@ -61,12 +62,22 @@ def count_parameters(config: DDLConfig) -> dict[str, int]:
     return counts
 
 
+def linear_maps(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, int]]:
+    """Name and matrix of each linear map of a model, the head included, and how often a token goes through it."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield f"{name}.weight", module.weight, 1
+        elif isinstance(module, DDLHyperConnection):
+            yield f"{name}.dynamic", module.dynamic, module.static.shape[0]
+        elif isinstance(module, DDLManifoldHyperConnection):
+            yield f"{name}.fn", module.fn, 1
+
+
 def forward_flops_per_token(config: DDLConfig, sequence_length: int) -> dict[str, int]:
     """FLOPs of the matrix products of each part for one token of a sequence of `sequence_length` tokens."""
     counts = dict.fromkeys(PARTS, 0)
-    for name, module in meta_model(config).named_modules():
-        if isinstance(module, nn.Linear):
-            counts[part_of(name)] += 2 * module.weight.numel()
+    for name, matrix, times in linear_maps(meta_model(config)):
+        counts[part_of(name)] += 2 * times * matrix.numel()
     # Scores and weighted values: two products with as many keys as there are tokens
     counts["attention"] += (
         config.num_hidden_layers * 4 * sequence_length * config.num_attention_heads * config.head_dim
@@ -88,16 +99,25 @@ def state_flops_per_token(config: DDLConfig) -> dict[str, int]:
     Element-wise FLOPs of a forward pass on the residual state, for one token. No matrix products, they are no part of
     [`forward_flops_per_token`]; their cost is memory traffic. For n channels of width d, in every sublayer:
 
-        rewrite     2d + 2 for 1 / ‖k̃‖, d for k, 2nd for kᵀX, 2n for β (v − kᵀX), 2nd to add it to X (spec §2);
-                    d if additive
-        compressor  2nd, times the number of taps if they are over tokens; nothing if n = 1
+        write       delta: 2d + 2 for 1 / ‖k̃‖, d for k, 2nd for kᵀX, 2n for β (v − kᵀX), 2nd to add it to X (spec §2), for
+                    each step; without erasing, 2nd + n less; additive: d, or 2nd if expanded; hyper-connections: 2n²d to
+                    mix the streams and nd to write
+        compressor  2nd, also of hyper-connections, times the number of taps if they are over tokens; nothing if n = 1
 
     and the readout's compressor and the embedding convolution, which takes 2nd per tap.
     """
     n, d, sublayers = config.num_value_channels, config.hidden_size, 2 * config.num_hidden_layers
+    write = {
+        "delta": config.num_delta_steps * (4 * n * d + 3 * d + 2 * n + 2),
+        "write_only": config.num_delta_steps * (2 * n * d + 3 * d + n + 2),
+        "additive": d,
+        "expanded_additive": 2 * n * d,
+        "hyper_connections": 2 * n * n * d + n * d,
+        "manifold_hyper_connections": 2 * n * n * d + n * d,
+    }[config.residual_type]
     taps = {None: 0, "channel": 1, "token": config.compressor_kernel_size}[config.compressor]
     return {
-        "rewrite": sublayers * (d if config.residual_type == "additive" else 4 * n * d + 3 * d + 2 * n + 2),
+        "write": sublayers * write,
         "compressor": (sublayers + 1) * taps * 2 * n * d,
         "embedding_conv": 2 * n * d * config.embedding_conv_kernel_size if config.embedding_conv else 0,
     }

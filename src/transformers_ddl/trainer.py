@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .checkpoints import seal
 from .cli import RunError
-from .flops import training_flops_per_token
+from .flops import linear_maps, training_flops_per_token
 
 
 # Dense 16-bit matrix products per second and device, from the vendors' data sheets; the first name that occurs in the
@@ -50,15 +50,12 @@ def peak_flops() -> float | None:
 
 def decay_parameter_names(model: PreTrainedModel) -> list[str]:
     """
-    Names of the parameters to which weight decay applies: the weights of linear maps, those of gates and targets included.
-    Embeddings (the head is one, tied or not), norms, biases, read vectors and convolutions are left alone (spec §4).
+    Names of the parameters to which weight decay applies: the matrices of linear maps, those of the residual included.
+    Embeddings (the head is one, tied or not), norms, biases, read vectors, convolutions and the static weights of
+    hyper-connections are left alone (spec §4).
     """
     head = model.get_output_embeddings()
-    return [
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    ]
+    return [name for name, matrix, _ in linear_maps(model) if head is None or matrix is not head.weight]
 
 
 class DDLTrainer(Trainer):

@@ -150,21 +150,22 @@ def compress(config, params, name, states):
 # Sublayers
 
 
-def rotate(x, position, theta):
-    """Rotary embedding of one head: features i and i + D/2 turn by position · theta^(−2i/D)."""
-    half = len(x) // 2
-    angles = torch.tensor([position * theta ** (-2 * i / len(x)) for i in range(half)], dtype=x.dtype)
+def rotate(x, position, theta, share):
+    """Rotary embedding of the first D = share · |x| features of a head: i and i + D/2 turn by position · theta^(−2i/D)."""
+    dim = int(share * len(x))
+    half = dim // 2
+    angles = torch.tensor([position * theta ** (-2 * i / dim) for i in range(half)], dtype=x.dtype)
     cos, sin = angles.cos(), angles.sin()
-    first, second = x[:half], x[half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin])
+    first, second = x[:half], x[half:dim]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, x[dim:]])
 
 
 def place_head(config, params, name, x, position):
     """Query or key head at a position: rotary embedding and RMSNorm in the configured order."""
-    theta = config.rope_parameters["rope_theta"]
+    rope = config.rope_parameters
     if config.qk_norm == "pre_rope":
         x = rms_norm(x, params[f"{name}.weight"], config.rms_norm_eps)
-    x = rotate(x, position, theta)
+    x = rotate(x, position, rope["rope_theta"], rope.get("partial_rotary_factor", 1.0))
     if config.qk_norm == "post_rope":
         x = rms_norm(x, params[f"{name}.weight"], config.rms_norm_eps)
     return x

@@ -243,12 +243,10 @@ CONTRADICTIONS = [
     ({"num_attention_heads": 6, "num_key_value_heads": 4}, r"num_key_value_heads must divide .*6.*4"),
     ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type must be one of .*default.*spiral"),
     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),
-    # The rotary embedding of DDL turns whole heads
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor.*0.5"),
-    (
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-        "partial_rotary_factor.*0.5",
-    ),
+    *[
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": value}}, f"partial_rotary_factor.*{value}")
+        for value in (0.0, -0.5, 1.5, 7 / 128)
+    ],
 ]
 
 

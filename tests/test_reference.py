@@ -62,6 +62,10 @@ OPTIONS = {
     "mlp-bias": ("cc", {"mlp_bias": True}),
     "gelu": ("cc", {"hidden_act": "gelu"}),
     "rope-theta": ("cc", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
+    "partial-rotary": (
+        "cc",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 2 / 3}},
+    ),
     "logits-scale": ("cc", {"logits_scale": 0.3}),
     "untied-head": ("cc", {"tie_word_embeddings": False}),
     "additive-biases": ("additive", {"attention_bias": True, "mlp_bias": True, "qk_norm": "post_rope"}),

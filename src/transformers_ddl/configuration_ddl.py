@@ -309,8 +309,12 @@ class DDLConfig(LlamaConfig):
             raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
         if self.attention_dropout is not None and not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout must be at least 0 and below 1, got {self.attention_dropout}")
-        if self.rope_parameters.get("partial_rotary_factor") not in (None, 1):
-            raise ValueError(f"rope_parameters' partial_rotary_factor must be 1 or absent, got {self.rope_parameters}")
+        rotary_dim = self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0)
+        if not 2 <= rotary_dim <= self.head_dim or int(rotary_dim) % 2:
+            raise ValueError(
+                f"rope_parameters' partial_rotary_factor must turn an even number of the features of a head "
+                f"(head_dim={self.head_dim}), got {self.rope_parameters}"
+            )
         rope_types = ["default", *ROPE_INIT_FUNCTIONS]
         if self.rope_parameters.get("rope_type") not in rope_types:
             raise ValueError(f"rope_parameters' rope_type must be one of {rope_types}, got {self.rope_parameters}")

@@ -47,6 +47,8 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as apply_partial_rotary_pos_emb
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaMLP,
@@ -80,12 +82,18 @@ class DDLRMSNorm(LlamaRMSNorm):
 
 
 class DDLRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's, which computes in float32 whatever its input, but exact in float64 for unscaled frequencies."""
+    """
+    Llama's, which computes in float32 whatever its input, but exact in float64 for unscaled frequencies. As in GPT-NeoX, a
+    `partial_rotary_factor` below 1 turns only that share of each head, its first features.
+    """
+
+    compute_default_rope_parameters = staticmethod(GPTNeoXRotaryEmbedding.compute_default_rope_parameters)
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if x.dtype != torch.float64 or self.rope_type != "default":
             return super().forward(x, position_ids)
-        exponents = torch.arange(0, self.config.head_dim, 2, device=x.device, dtype=x.dtype) / self.config.head_dim
+        rotary_dim = 2 * self.inv_freq.shape[0]
+        exponents = torch.arange(0, rotary_dim, 2, device=x.device, dtype=x.dtype) / rotary_dim
         angles = position_ids[..., None] * self.config.rope_parameters["rope_theta"] ** -exponents
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
@@ -480,7 +488,9 @@ class DDLAttention(LlamaAttention):
 
         if self.config.qk_norm == "pre_rope":
             query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
-        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
+        is_partial = position_embeddings[0].shape[-1] < self.head_dim
+        rotate = apply_partial_rotary_pos_emb if is_partial else apply_rotary_pos_emb
+        query_states, key_states = rotate(query_states, key_states, *position_embeddings)
         if self.config.qk_norm == "post_rope":
             query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
 

@@ -44,10 +44,16 @@ def rms_norm(x, weight, eps):
     return weight * x / torch.sqrt((x * x).mean() + eps)
 
 
-def delta_rewrite(state, direction, gate, target, key_eps, erase=True):
-    """X' = X + β k (v − Xᵀk)ᵀ with k = k̃ / sqrt(‖k̃‖² + ε²); state (d, n), direction (d,), gate (), target (n,)."""
-    key = direction / torch.sqrt((direction * direction).sum() + key_eps**2)
+def delta_rewrite(state, direction, gate, target, key_eps, erase=True, anchor=None):
+    """
+    X' = X + β k (v − Xᵀk)ᵀ with k = k̃ / sqrt(‖k̃‖² + ε²); state (d, n), direction (d,), gate (), target (n,). An anchor
+    (a, b), each (n,), adds a ∘ Xᵀk + b sqrt(‖k̃‖² + ε²) / β to the target.
+    """
+    norm = torch.sqrt((direction * direction).sum() + key_eps**2)
+    key = direction / norm
     readout = state.T @ key
+    if anchor is not None:
+        target = target + anchor[0] * readout + anchor[1] * norm / gate
     return state + gate * torch.outer(key, target - readout if erase else target)
 
 
@@ -239,11 +245,15 @@ def sublayer(config, params, layer, kind, states):
     if config.residual_type == "expanded_additive":
         return [state + torch.outer(output, params[f"{residual}.amplitude"]) for state, output in zip(states, outputs)]
     rewritten = []
+    anchor = None
+    if config.value_anchor is not None:
+        anchor = params[f"{residual}.anchor_keep"], params[f"{residual}.anchor_add"]
     for state, output, x, c in zip(states, outputs, inputs, contexts):
         betas = gate(config, params, residual, c)
         values = target(config, params, residual, x, c).split(config.num_value_channels)
         for direction, beta, v in zip(output.split(config.hidden_size), betas, values, strict=True):
-            state = delta_rewrite(state, direction, beta, v, config.key_eps, erase=config.residual_type == "delta")
+            erase = config.residual_type == "delta"
+            state = delta_rewrite(state, direction, beta, v, config.key_eps, erase, anchor)
         rewritten.append(state)
     return rewritten
 

@@ -23,12 +23,23 @@ import textwrap
 import official
 import pytest
 import torch
-from conftest import all_gradients, random_tokens, relative_error
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from conftest import TINY, all_gradients, random_tokens, randomise, relative_error, tiny_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Trainer,
+    TrainingArguments,
+)
 
 from transformers_ddl import DDLForCausalLM, cli, conversion
-from transformers_ddl.conversion import convert_official_checkpoint
+from transformers_ddl.conversion import AnchorAnnealingCallback, convert_llama, convert_official_checkpoint
 
 
 # Checkpoints of the authors' research code
@@ -212,6 +223,233 @@ def test_official_wrong_shapes(case, name, shape):
         convert_official_checkpoint({**parameters, name: torch.zeros(shape)}, config)
 
 
+# Llamas
+
+LLAMA_CONFIGS = {
+    "llama": (LlamaConfig, {}),
+    "llama-biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "llama-tied": (LlamaConfig, {"tie_word_embeddings": True}),
+    "llama-3-rope": (
+        LlamaConfig,
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "mistral": (MistralConfig, {"sliding_window": None, "pad_token_id": 0}),
+    "qwen3": (Qwen3Config, {"rms_norm_eps": 1e-3}),
+}
+LLAMA_OPTIONS = {
+    "scalar": {},
+    "scalar-context-bias": {"value_input": "context", "value_bias": True, "gate_init": 1.0},
+    "cc": {"num_value_channels": 3},
+    "cc-repeat-kernel-2": {"num_value_channels": 3, "embedding_conv": False, "compressor_kernel_size": 2},
+    "tc-separate": {
+        "num_value_channels": 3,
+        "compressor": "token",
+        "share_compressor": False,
+        "gate_hidden_size": 5,
+    },
+}
+llamas = pytest.mark.parametrize("llama", LLAMA_CONFIGS)
+llama_options = pytest.mark.parametrize("options", LLAMA_OPTIONS)
+
+
+def make_llama(name="llama", dtype=torch.float32, **overrides):
+    config_class, options = LLAMA_CONFIGS[name]
+    config = config_class(**{**TINY, "hidden_size": 24, **options, **overrides})
+    # Not cast by `to`, which would round the frequencies of the rotary embedding too
+    return randomise(AutoModelForCausalLM.from_config(config, dtype=dtype)).eval()
+
+
+@llamas
+@llama_options
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_converted_llama_is_the_same_function(llama, options, dtype):
+    """To the last bit: b k̃ is added as the Llama adds it, and all else that is added is 0."""
+    donor, tokens = make_llama(llama, dtype), random_tokens(2, 33)
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    model = convert_llama(donor, **LLAMA_OPTIONS[options])
+    assert type(model) is DDLForCausalLM and model.dtype == dtype and not model.training
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, donor(tokens).logits)
+        difference = model(tokens, attention_mask=mask).logits - donor(tokens, attention_mask=mask).logits
+        assert not difference[mask.bool()].any()
+
+
+@llama_options
+def test_converted_llama_generates_and_is_saved(options, tmp_path):
+    donor, tokens = make_llama(), random_tokens(2, 5)
+    model = convert_llama(donor, **LLAMA_OPTIONS[options])
+    model.save_pretrained(tmp_path)
+    for converted in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        arguments = {"max_new_tokens": 12, "do_sample": False, "num_beams": 2}
+        assert torch.equal(converted.generate(tokens, **arguments), donor.generate(tokens, **arguments))
+
+
+def test_conversion_copies_the_llama():
+    donor = make_llama()
+    donor.generation_config.temperature = 0.3
+    before = {name: parameter.clone() for name, parameter in donor.named_parameters()}
+    model = convert_llama(donor, num_value_channels=3)
+    assert model.generation_config.temperature == 0.3
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in donor.named_parameters())
+
+
+@llama_options
+def test_all_that_is_new_can_be_trained(options):
+    """
+    At the start every anchor and read vector and the value map of the first channel have gradients; those of the gate are
+    0, as its factor in the rewrite is, and so are those of the channels that no one reads. After one step all have some.
+    """
+    tokens = random_tokens(4, 9)
+    model = convert_llama(make_llama(dtype=torch.float64), **LLAMA_OPTIONS[options])
+    n = model.config.num_value_channels
+
+    def gradients():
+        return all_gradients(model(tokens, labels=tokens).loss, model)
+
+    first = gradients()
+    for name, gradient in first.items():
+        if "beta" in name:
+            assert not gradient.any(), name
+        elif "anchor" in name or "value_proj" in name:
+            assert gradient[0].any() and not gradient[1:].any(), name
+        elif name.endswith("read"):
+            assert gradient.ne(0).all(), name
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter -= 0.1 * first[name]
+    for name, gradient in gradients().items():
+        if "beta" in name:
+            assert gradient.any(), name
+        elif "anchor" in name or "value_proj" in name:
+            assert gradient.reshape(n, -1).ne(0).any(-1).all(), name
+
+
+def test_annealing_of_anchors(tmp_path):
+    """The rewrite is the pure delta rule after the given steps, also if the training was interrupted."""
+    tokens = random_tokens(32, 8)
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=4,
+        per_device_train_batch_size=2,
+        save_steps=2,
+        learning_rate=0.0,
+        report_to="none",
+        use_cpu=True,
+    )
+    anchors = {}
+
+    class Recorder(AnchorAnnealingCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            super().on_step_end(args, state, control, model=model, **kwargs)
+            anchors.setdefault(state.global_step, []).append(model.model.layers[1].mlp_residual.anchor().clone())
+
+    for checkpoint in (None, tmp_path / "checkpoint-2"):
+        model = convert_llama(make_llama(), num_value_channels=2)
+        dataset = [{"input_ids": row, "labels": row} for row in tokens]
+        trainer = Trainer(model, arguments, train_dataset=dataset, callbacks=[Recorder(steps=3)])
+        trainer.train(resume_from_checkpoint=checkpoint)
+    for step, share in {1: 2 / 3, 2: 1 / 3, 3: 0.0, 4: 0.0}.items():
+        for anchor in anchors[step]:
+            torch.testing.assert_close(anchor, share * torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
+    assert [len(anchors[step]) for step in (1, 2, 3, 4)] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("variant", ["scalar", "cc", "tc"])
+def test_anchored_model_with_caches_checkpointing_and_kernels(variant, monkeypatch):
+    model, tokens = tiny_model(variant, value_anchor=0.5), random_tokens(2, 9)
+    loss = model(tokens, labels=tokens, use_cache=False).loss
+    logits, expected = model(tokens).logits, all_gradients(loss, model)
+    prefix = model(tokens[:, :5], use_cache=True)
+    rest = model(tokens[:, 5:], past_key_values=prefix.past_key_values).logits
+    torch.testing.assert_close(torch.cat((prefix.logits, rest), 1), logits, rtol=1e-5, atol=1e-5)
+
+    monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "1")
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    actual = all_gradients(model(tokens, labels=tokens, use_cache=False).loss, model)
+    for name in expected:
+        assert expected[name].any(), name
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-7)
+
+
+REFUSED_LLAMAS = [
+    (
+        LlamaConfig,
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        {},
+        "quantization_config",
+    ),
+    (LlamaConfig, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, {}, "partial_rotary_factor"),
+    (MistralConfig, {"sliding_window": 16}, {}, "sliding_window=16"),
+    (Qwen3Config, {"use_sliding_window": True, "sliding_window": 16}, {}, "sliding_window=16"),
+    (GemmaConfig, {}, {}, "model_type='gemma'"),
+    (LlamaConfig, {}, {"value_activation": "sigmoid"}, "value_activation cannot be chosen"),
+    (LlamaConfig, {}, {"qk_norm": "pre_rope"}, "qk_norm cannot be chosen"),
+    (LlamaConfig, {}, {"compressor": "token"}, "compressor must be None"),
+    (LlamaConfig, {}, {"gate_init": 2.0}, "gate_init must lie"),
+]
+
+
+@pytest.mark.parametrize(
+    "config_class, options, ddl_options, message", REFUSED_LLAMAS, ids=lambda value: str(value)[:40]
+)
+def test_llamas_that_cannot_be_converted(config_class, options, ddl_options, message, tmp_path, capsys):
+    config_class(**{**TINY, **options}).save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match=message):
+        convert_llama(tmp_path / "llama", **ddl_options)
+    flags = [f"--{name}={value}" for name, value in ddl_options.items() if name in conversion.LLAMA_OPTIONS]
+    if len(flags) == len(ddl_options):
+        assert convert("llama", tmp_path / "llama", tmp_path / "ours", *flags) == 2
+        assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+
+
+@pytest.mark.parametrize("problem", ["missing", "unexpected", "mismatched"])
+def test_damaged_llamas(problem, tmp_path, capsys):
+    make_llama().save_pretrained(tmp_path / "llama")
+    file, name = tmp_path / "llama" / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(file)
+    if problem == "missing":
+        del tensors[name]
+    elif problem == "mismatched":
+        tensors[name] = tensors[name].T.contiguous()
+    else:
+        name = "model.layers.1.mlp.other_proj.weight"
+        tensors[name] = torch.zeros(3)
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert convert("llama", tmp_path / "llama", tmp_path / "ours") == 2
+    assert f"{problem} parameters: {name}" in capsys.readouterr().err.replace("('", "")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_llama_files(with_tokenizer, tmp_path):
+    donor, tokens = make_llama("qwen3", torch.bfloat16), random_tokens(2, 7)
+    donor.save_pretrained(tmp_path / "theirs", max_shard_size="10KB")
+    if with_tokenizer:
+        tokenizer = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "theirs")
+    assert (
+        convert("llama", tmp_path / "theirs", tmp_path / "ours", "--num_value_channels", 3, "--compressor=token") == 0
+    )
+    assert (tmp_path / "ours" / "tokenizer.json").is_file() == with_tokenizer
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert (model.config.num_value_channels, model.config.compressor, model.dtype) == (3, "token", torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, donor(tokens).logits)
+
+
 # Files
 
 
@@ -336,26 +574,31 @@ def test_output_folder_is_never_overwritten(tmp_path, capsys):
     assert convert("official", path, tmp_path / "ours") == 0
 
 
-def test_output_folder_appears_only_when_it_is_whole(tmp_path, monkeypatch):
+def test_output_folder_appears_only_when_it_is_whole(tmp_path):
     path = write_checkpoint(tmp_path / "theirs", "safetensors", *official_checkpoint())
 
-    class Full:
-        def save_pretrained(self, folder, **kwargs):
+    class FullDisk:
+        def save_pretrained(self, folder):
+            assert (folder / "model.safetensors").is_file()
             raise OSError("no space left on device")
 
     model = DDLForCausalLM(convert_official_checkpoint(*official_checkpoint())[0])
     with pytest.raises(OSError, match="no space left"):
-        conversion.save_converted(tmp_path / "ours", model, Full())
+        conversion.save_converted(tmp_path / "ours", model, FullDisk())
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the memory of a process from /proc")
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "llama"])
 def test_memory_of_a_conversion(kind, tmp_path):
     """Parameters go from file to file: the process itself never holds half of them."""
-    parameters, config = official_checkpoint("cc")
-    parameters["transformer.wte.weight"] = parameters["lm_head.weight"] = torch.randn(1_600_000, 20)
-    path = write_checkpoint(tmp_path / "theirs", kind, parameters, {**config, "vocab_size": 1_600_000})
+    path, vocab_size = tmp_path / "theirs", 1_600_000
+    if kind == "llama":
+        make_llama(vocab_size=vocab_size, hidden_size=20, tie_word_embeddings=True).save_pretrained(path)
+    else:
+        parameters, config = official_checkpoint("cc")
+        parameters["transformer.wte.weight"] = parameters["lm_head.weight"] = torch.randn(vocab_size, 20)
+        write_checkpoint(path, kind, parameters, {**config, "vocab_size": vocab_size})
     program = """
         import pathlib, sys, threading, time
         from transformers_ddl import cli
@@ -368,13 +611,16 @@ def test_memory_of_a_conversion(kind, tmp_path):
                 samples.append(anonymous_memory())
                 time.sleep(1e-3)
         threading.Thread(target=watch, daemon=True).start()
-        assert cli.main(["convert", "official", *sys.argv[1:]]) == 0
+        assert cli.main(["convert", *sys.argv[1:]]) == 0
         print(max(samples) - before)
     """
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), str(path), str(tmp_path / "ours")],
+        [
+            *(sys.executable, "-c", textwrap.dedent(program)),
+            *("llama" if kind == "llama" else "official", str(path), str(tmp_path / "ours")),
+        ],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert int(result.stdout.splitlines()[-1]) < 1_600_000 * 20 * 4 / 2
+    assert int(result.stdout.splitlines()[-1]) < vocab_size * 20 * 4 / 2

@@ -13,10 +13,11 @@
 # limitations under the License.
 """
 Checkpoints of other models as DDL models: `transformers-ddl convert official PATH OUT` for those of the authors' research
-code.
+code, `transformers-ddl convert llama MODEL OUT` for Llamas.
 """
 
 import argparse
+import copy
 import json
 import pickle
 import re
@@ -26,9 +27,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 from transformers.modeling_utils import load_state_dict
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import (
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -39,7 +52,7 @@ from transformers.utils import (
 
 from .cli import InputError
 from .configuration_ddl import DDLConfig
-from .modeling_ddl import DDLForCausalLM
+from .modeling_ddl import DDLChannelCompressor, DDLDeltaResidual, DDLForCausalLM, DDLTokenCompressor
 
 
 # Modules of the authors' models, in the names of both of their releases, and ours
@@ -329,6 +342,126 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+# Architectures that are Llamas but for the RMSNorm over each query and key head, and their `qk_norm`
+LLAMA_MODEL_TYPES = {"llama": None, "mistral": None, "qwen3": "pre_rope"}
+# What may be chosen at a conversion; the Llama, or its equality with the DDL model, decides the other fields of DDLConfig
+LLAMA_OPTIONS = (
+    "num_value_channels",
+    "compressor",
+    "compressor_kernel_size",
+    "share_compressor",
+    "embedding_conv",
+    "embedding_conv_kernel_size",
+    "gate_init",
+    "gate_hidden_size",
+    "value_input",
+    "value_bias",
+    "value_scale",
+    "key_eps",
+)
+
+
+@torch.no_grad()
+def convert_llama(model_or_path: PreTrainedModel | str | Path, **ddl_options) -> DDLForCausalLM:
+    """
+    Turns a Llama into a DDL model that computes the same function and can be trained into a true delta model.
+
+    The model has an anchored target (`value_anchor`, see `delta_rewrite`): `X' = X + β k (W c − (1 − a) ∘ Xᵀk)ᵀ + k̃ bᵀ`. It
+    starts at W = 0, a = 1 and b = (1, 0, ..., 0), so that the first value channel is the residual stream of the Llama and
+    compressors start by reading that alone. The others hold the token's embedding until something is written to them.
+    W, a, b and the read vectors have gradients from the start, the gates β after one step.
+
+    Args:
+        model_or_path: A causal language model of type llama, mistral or qwen3, which is copied, or the folder or Hub name
+            of one.
+        ddl_options: Fields of [`DDLConfig`] (`LLAMA_OPTIONS`): the number of value channels (1 if not given), the
+            compressor, the gate and the input of the value.
+
+    Raises:
+        `ValueError`: naming it, for an option of the Llama that DDL has not (a sliding window, say) or that cannot be
+            chosen here, and for a parameter that is missing, unexpected or of a wrong shape.
+    """
+    if isinstance(model_or_path, PreTrainedModel):
+        llama = model_or_path
+        config = _llama_config(llama.config, ddl_options)
+        state_dict = {name: parameter.clone() for name, parameter in llama.state_dict().items()}
+    else:
+        config = _llama_config(AutoConfig.from_pretrained(model_or_path), ddl_options)
+        llama, info = AutoModelForCausalLM.from_pretrained(
+            model_or_path, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        _check_loaded(info, model_or_path)
+        state_dict = llama.state_dict()
+
+    config.dtype = llama.dtype
+    model, info = DDLForCausalLM.from_pretrained(
+        None,
+        config=config,
+        state_dict=state_dict,
+        attn_implementation=llama.config._attn_implementation,
+        output_loading_info=True,
+    )
+    # Those of the anchored residual, the compressors and the convolution are missing
+    _check_loaded({**info, "missing_keys": ()}, type(llama).__name__)
+    model.generation_config = copy.deepcopy(llama.generation_config)
+    for module in model.modules():
+        if isinstance(module, DDLDeltaResidual):
+            module.value_proj.weight.zero_()
+            module.anchor_add[1:] = 0
+        elif isinstance(module, (DDLChannelCompressor, DDLTokenCompressor)):
+            module.read[:1], module.read[1:] = 1, 0
+    return model
+
+
+def _llama_config(llama: PreTrainedConfig, ddl_options: dict[str, Any]) -> DDLConfig:
+    """The configuration of the DDL model that a Llama is converted to."""
+    if llama.model_type not in LLAMA_MODEL_TYPES:
+        allowed = ", ".join(LLAMA_MODEL_TYPES)
+        raise ValueError(f"model_type={llama.model_type!r} cannot be converted; allowed: {allowed}")
+    for name in ("sliding_window", "quantization_config"):
+        if getattr(llama, name, None) is not None:
+            raise ValueError(f"{name}={getattr(llama, name)!r} cannot be converted; allowed: None")
+    if "partial_rotary_factor" in llama.rope_parameters:  # which DDL would follow, but not every Llama does
+        raise ValueError(f"rope_parameters={llama.rope_parameters} cannot be converted with a partial_rotary_factor")
+    for name in ddl_options:
+        if name not in LLAMA_OPTIONS:
+            raise ValueError(f"{name} cannot be chosen; allowed: {', '.join(LLAMA_OPTIONS)}")
+    fields = {name: getattr(llama, name) for name in LlamaConfig.__annotations__ if hasattr(llama, name)}
+    return DDLConfig(
+        **fields,
+        qk_norm=LLAMA_MODEL_TYPES[llama.model_type],
+        value_activation=None,
+        value_anchor=1.0,
+        **{"num_value_channels": 1, **ddl_options},
+    )
+
+
+def _check_loaded(info: dict[str, Any], model: Any):
+    """Raises `ValueError` if parameters of a model are missing, unexpected or of a wrong shape."""
+    for problem, names in info.items():
+        if names:
+            raise ValueError(f"{model} has {problem.removesuffix('_keys')} parameters: {sorted(names)[0]}")
+
+
+class AnchorAnnealingCallback(TrainerCallback):
+    """
+    Takes the anchors of a converted Llama to (0, 0), those of the pure delta rule, linearly within the first `steps` steps
+    of a training, whether they are trained besides or not.
+    """
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        # Relative to the step before, as nobody knows their start in a training that is resumed
+        share = max(self.steps - state.global_step, 0) / max(self.steps - state.global_step + 1, 1)
+        for module in model.modules():
+            if isinstance(module, DDLDeltaResidual):
+                module.anchor_keep.mul_(share)
+                module.anchor_add.mul_(share)
+
+
 def check_output_folder(folder: str | Path):
     """Raises `ValueError` if the folder holds anything, or is a file."""
     folder = Path(folder)
@@ -336,9 +469,14 @@ def check_output_folder(folder: str | Path):
         raise ValueError(f"{folder} exists; allowed: a new or empty folder")
 
 
-def save_converted(folder: str | Path, *parts, max_shard_size: int | str = "5GB"):
+def save_converted(
+    folder: str | Path,
+    model: DDLForCausalLM,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: int | str = "5GB",
+):
     """
-    Saves parts with `save_pretrained` (model, tokenizer) to a new or empty folder, which appears when all of it is there.
+    Saves a model, and a tokenizer, to a new or empty folder, which appears when all of it is there.
 
     Raises:
         `ValueError`: if the folder holds anything.
@@ -347,26 +485,48 @@ def save_converted(folder: str | Path, *parts, max_shard_size: int | str = "5GB"
     folder = Path(folder).absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        for part in parts:
-            part.save_pretrained(Path(temporary, folder.name), max_shard_size=max_shard_size)
-        Path(temporary, folder.name).replace(folder)
+        unfinished = Path(temporary, folder.name)
+        model.save_pretrained(unfinished, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        unfinished.replace(folder)
+
+
+def json_or_text(value: str) -> Any:
+    """The value of a field on the command line."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def main(arguments: list[str]):
-    """`transformers-ddl convert official PATH OUT`."""
+    """`transformers-ddl convert official PATH OUT` and `transformers-ddl convert llama MODEL OUT [--field value ...]`."""
     parser = argparse.ArgumentParser(prog="transformers-ddl convert", description="Convert a checkpoint to DDL.")
-    parser.add_argument("kind", choices=["official"], help="official: of the authors' research code")
-    parser.add_argument(
-        "path", help="checkpoint: a folder, or a .safetensors, .bin or .pt file beside its config.json"
-    )
-    parser.add_argument("out", help="folder to write, new or empty")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest file to write (default: %(default)s)")
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    official = kinds.add_parser("official", help="a checkpoint of the authors' research code")
+    official.add_argument("source", help="folder, or .safetensors, .bin or .pt file beside its config.json")
+    llama = kinds.add_parser("llama", help="a Llama, Mistral or Qwen3, to the same function")
+    llama.add_argument("source", help="folder or Hub name of a model")
+    for name in LLAMA_OPTIONS:
+        llama.add_argument(f"--{name}", type=json_or_text, default=argparse.SUPPRESS, help="field of DDLConfig")
+    for kind in (official, llama):
+        kind.add_argument("out", help="folder to write, new or empty")
+        kind.add_argument("--max-shard-size", default="5GB", help="largest file to write (default: %(default)s)")
     options = parser.parse_args(arguments)
+
+    tokenizer = None
     try:
         check_output_folder(options.out)
-        config, state_dict = convert_official_checkpoint(*read_official_checkpoint(options.path))
-        model = DDLForCausalLM.from_pretrained(None, config=config, state_dict=state_dict)
-        save_converted(options.out, model, max_shard_size=options.max_shard_size)
-    except (OSError, ValueError) as error:
+        if options.kind == "official":
+            config, state_dict = convert_official_checkpoint(*read_official_checkpoint(options.source))
+            model = DDLForCausalLM.from_pretrained(None, config=config, state_dict=state_dict)
+        else:
+            ddl_options = {name: value for name, value in vars(options).items() if name in LLAMA_OPTIONS}
+            model = convert_llama(options.source, **ddl_options)
+            if get_tokenizer_config(options.source):  # without files, AutoTokenizer would make an empty one
+                tokenizer = AutoTokenizer.from_pretrained(options.source)
+        save_converted(options.out, model, tokenizer, max_shard_size=options.max_shard_size)
+    except (OSError, StrictDataclassError, ValueError) as error:
         raise InputError(str(error)) from error
-    print(f"{options.out}: {model.num_parameters():,} parameters")
+    print(f"{options.out}: {model.num_parameters():,} parameters, {'a' if tokenizer else 'no'} tokenizer")

@@ -44,10 +44,16 @@ def rms_norm(x, weight, eps):
     return weight * x / torch.sqrt((x * x).mean() + eps)
 
 
-def delta_rewrite(state, direction, gate, target, key_eps, erase=True):
-    """X' = X + β k (v − Xᵀk)ᵀ with k = k̃ / sqrt(‖k̃‖² + ε²); state (d, n), direction (d,), gate (), target (n,)."""
-    key = direction / torch.sqrt((direction * direction).sum() + key_eps**2)
+def delta_rewrite(state, direction, gate, target, key_eps, erase=True, anchor=None):
+    """
+    X' = X + β k (v − Xᵀk)ᵀ with k = k̃ / sqrt(‖k̃‖² + ε²); state (d, n), direction (d,), gate (), target (n,). An anchor
+    (a, b), each (n,), adds a ∘ Xᵀk + b sqrt(‖k̃‖² + ε²) / β to the target.
+    """
+    norm = torch.sqrt((direction * direction).sum() + key_eps**2)
+    key = direction / norm
     readout = state.T @ key
+    if anchor is not None:
+        target = target + anchor[0] * readout + anchor[1] * norm / gate
     return state + gate * torch.outer(key, target - readout if erase else target)
 
 
@@ -150,21 +156,22 @@ def compress(config, params, name, states):
 # Sublayers
 
 
-def rotate(x, position, theta):
-    """Rotary embedding of one head: features i and i + D/2 turn by position · theta^(−2i/D)."""
-    half = len(x) // 2
-    angles = torch.tensor([position * theta ** (-2 * i / len(x)) for i in range(half)], dtype=x.dtype)
+def rotate(x, position, theta, share):
+    """Rotary embedding of the first D = share · |x| features of a head: i and i + D/2 turn by position · theta^(−2i/D)."""
+    dim = int(share * len(x))
+    half = dim // 2
+    angles = torch.tensor([position * theta ** (-2 * i / dim) for i in range(half)], dtype=x.dtype)
     cos, sin = angles.cos(), angles.sin()
-    first, second = x[:half], x[half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin])
+    first, second = x[:half], x[half:dim]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, x[dim:]])
 
 
 def place_head(config, params, name, x, position):
     """Query or key head at a position: rotary embedding and RMSNorm in the configured order."""
-    theta = config.rope_parameters["rope_theta"]
+    rope = config.rope_parameters
     if config.qk_norm == "pre_rope":
         x = rms_norm(x, params[f"{name}.weight"], config.rms_norm_eps)
-    x = rotate(x, position, theta)
+    x = rotate(x, position, rope["rope_theta"], rope.get("partial_rotary_factor", 1.0))
     if config.qk_norm == "post_rope":
         x = rms_norm(x, params[f"{name}.weight"], config.rms_norm_eps)
     return x
@@ -238,11 +245,15 @@ def sublayer(config, params, layer, kind, states):
     if config.residual_type == "expanded_additive":
         return [state + torch.outer(output, params[f"{residual}.amplitude"]) for state, output in zip(states, outputs)]
     rewritten = []
+    anchor = None
+    if config.value_anchor is not None:
+        anchor = params[f"{residual}.anchor_keep"], params[f"{residual}.anchor_add"]
     for state, output, x, c in zip(states, outputs, inputs, contexts):
         betas = gate(config, params, residual, c)
         values = target(config, params, residual, x, c).split(config.num_value_channels)
         for direction, beta, v in zip(output.split(config.hidden_size), betas, values, strict=True):
-            state = delta_rewrite(state, direction, beta, v, config.key_eps, erase=config.residual_type == "delta")
+            erase = config.residual_type == "delta"
+            state = delta_rewrite(state, direction, beta, v, config.key_eps, erase, anchor)
         rewritten.append(state)
     return rewritten
 

@@ -100,6 +100,7 @@ OPTIONS = {
         "value_input": "context",
         "value_activation": "constant",
         "value_scale": 0.5,
+        "value_anchor": 0.25,
         "key_eps": 1e-3,
         "qk_norm": "post_rope",
         "logits_scale": 0.25,
@@ -210,6 +211,7 @@ OUT_OF_RANGE = [
     *[("rms_norm_eps", value) for value in (0.0, -1e-5, float("nan"))],
     # The square of 1e-30 is 0 in float32, so that a direction of zeros would give NaN
     *[("key_eps", value) for value in (0, -1e-5, float("inf"), float("nan"), 1e-30)],
+    *[("value_anchor", value) for value in (-0.1, 1.5, float("nan"))],
     *[("num_value_channels", value) for value in (0, -1)],
     *[("compressor_kernel_size", value) for value in (0, -1, 5)],
     *[("embedding_conv_kernel_size", value) for value in (0, -1)],
@@ -239,16 +241,16 @@ CONTRADICTIONS = [
     ({"residual_type": "additive", "num_value_channels": 4}, "num_value_channels must be 1.*4"),
     ({"residual_type": "additive", "compressor": "token"}, "compressor must be None.*'token'"),
     ({"value_activation": "constant", "value_bias": True}, "value_bias .*True"),
+    ({"residual_type": "additive", "value_anchor": 1.0}, "value_anchor must be None.*'additive'.*1.0"),
+    ({"num_delta_steps": 2, "value_anchor": 1.0}, "value_anchor must be None.*num_delta_steps=2.*1.0"),
     ({"hidden_size": 100, "num_attention_heads": 3}, r"head_dim .*100.*3"),
     ({"num_attention_heads": 6, "num_key_value_heads": 4}, r"num_key_value_heads must divide .*6.*4"),
     ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type must be one of .*default.*spiral"),
     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),
-    # The rotary embedding of DDL turns whole heads
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor.*0.5"),
-    (
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-        "partial_rotary_factor.*0.5",
-    ),
+    *[
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": value}}, f"partial_rotary_factor.*{value}")
+        for value in (0.0, -0.5, 1.5, 7 / 128)
+    ],
 ]
 
 

@@ -13,14 +13,20 @@
 # limitations under the License.
 """From sources of text to blocks: nothing lost, nothing leaked, always the same."""
 
+import gzip
 import json
 import math
+import pickle
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import torch
+import zstandard
+from conftest import close, tiny_model
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, default_data_collator
 
 from transformers_ddl import data
 from transformers_ddl.cli import InputError
@@ -100,6 +106,96 @@ def test_folder_of_every_kind_of_file(tmp_path):
     assert corpus.skipped == {"not UTF-8": 1, "empty": 1}
 
 
+@pytest.mark.parametrize("compression", ["gz", "zst"])
+def test_compressed_files(tmp_path, compression):
+    texts = sentences(30)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[:20])
+    compress = gzip.compress if compression == "gz" else zstandard.compress
+    (tmp_path / f"rows.jsonl.{compression}").write_bytes(compress(lines.encode()))
+    for i, text in enumerate(texts[20:]):
+        (tmp_path / f"{i}.txt.{compression}").write_bytes(compress(text.encode()))
+    corpus = read_corpus(DataArguments(str(tmp_path)))
+    assert sorted(all_texts(corpus)) == sorted(texts)
+
+
+def test_damaged_compressed_file(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"some text" * 1000)[:-20])
+    with pytest.raises(InputError, match="data.source: cannot read .*a.txt.gz"):
+        read_corpus(DataArguments(str(tmp_path / "a.txt.gz")))
+
+
+def test_pattern(tmp_path):
+    (tmp_path / "deeper").mkdir()
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in sentences(20)])
+    write_jsonl(tmp_path / "deeper" / "b.jsonl", [{"text": text} for text in sentences(40)[20:]])
+    (tmp_path / "deeper" / "c.txt").write_text("not matched")
+    corpus = read_corpus(DataArguments(f"{tmp_path}/**/*.jsonl"))
+    assert sorted(all_texts(corpus)) == sorted(sentences(40))
+
+
+def test_files_that_change_are_read_again(tmp_path):
+    file = tmp_path / "lines.txt"
+    for count in (30, 40):
+        file.write_text("\n".join(sentences(count)))
+        assert len(all_texts(read_corpus(DataArguments(str(file))))) == count
+
+
+def test_mixture(tmp_path):
+    """Documents are drawn by weight until both sources have been read, the shorter one several times."""
+    write_jsonl(tmp_path / "a.jsonl", [{"body": f"a {i}"} for i in range(1000)])
+    (tmp_path / "b.txt").write_text("\n".join(f"b {i}" for i in range(50)))
+    mixture = [
+        {"source": str(tmp_path / "a.jsonl"), "text_column": "body", "weight": 3},
+        {"source": str(tmp_path / "b.txt"), "weight": 1.0},
+    ]
+    args = DataArguments(mixture)
+    texts = all_texts(read_corpus(args))
+    assert set(texts) == {f"a {i}" for i in range(1000)} | {f"b {i}" for i in range(50)}
+    share = sum(text.startswith("a") for text in texts) / len(texts)
+    assert share == pytest.approx(0.75, abs=0.05)  # four standard deviations of 1,300 draws
+    assert texts == all_texts(read_corpus(args))
+
+
+@pytest.mark.parametrize(
+    "mixture, message",
+    [
+        ([], "source must name at least one"),
+        ([{"weight": 1}], "must have the field source and no others but"),
+        ([{"source": "a", "wait": 1}], "must have the field source and no others but"),
+        ([{"source": "a", "weight": 0}], "weight must be positive, got 0"),
+    ],
+)
+def test_unusable_mixture(mixture, message):
+    with pytest.raises(ValueError, match=message):
+        DataArguments(mixture)
+
+
+def test_tokens_are_made_once_and_stay_on_disk(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in sentences(3000)])
+    first = pack(read_corpus(DataArguments(str(tmp_path / "a.jsonl"))).train, tokenizer, 16)
+    tokens = first.blocks.arguments[0]
+    assert tokens.cache_files
+    before = {file["filename"]: Path(file["filename"]).stat().st_mtime_ns for file in tokens.cache_files}
+    second = pack(read_corpus(DataArguments(str(tmp_path / "a.jsonl"))).train, tokenizer, 16)
+    after = second.blocks.arguments[0].cache_files
+    assert before == {file["filename"]: Path(file["filename"]).stat().st_mtime_ns for file in after}
+    # Blocks look into memory-mapped files instead of holding tokens
+    assert sum(chunk.nbytes for chunk in first.blocks.chunks) > 10 * len(pickle.dumps(first.blocks))
+    assert not any(chunk.flags.owndata for chunk in first.blocks.chunks)
+    again = pickle.loads(pickle.dumps(first.blocks))
+    assert all(torch.equal(again[7][name], first.blocks[7][name]) for name in ("input_ids", "labels"))
+
+
+def test_processes(tmp_path, tokenizer):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in sentences(500)])
+    blocks = []
+    for num_proc in (None, 2):
+        corpus = read_corpus(DataArguments(str(tmp_path / "a.jsonl"), num_proc=num_proc))
+        blocks.append(pack(corpus.train, tokenizer, 16, num_proc=num_proc).blocks)
+    assert len(blocks[0]) == len(blocks[1])
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(*blocks))
+
+
 def test_stdlib(tmp_path, monkeypatch):
     for name in ("os.py", "json/decoder.py", "site-packages/pip/main.py", "test/test_os.py", "asyncio/__init__.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +209,7 @@ def test_stdlib(tmp_path, monkeypatch):
 def test_hub_dataset(monkeypatch):
     calls = []
 
-    def load_dataset(path, split, streaming=False, **options):
+    def load_dataset(path, split, streaming=False, num_proc=None, **options):
         calls.append((path, split, options))
         rows = Dataset.from_dict({"text": sentences(30)})
         return rows.to_iterable_dataset() if streaming else rows
@@ -245,6 +341,38 @@ def test_every_token_is_predicted_exactly_once(tokenizer, block_size):
     assert packed.num_tokens == len(expected)
 
 
+@pytest.mark.parametrize("block_size", [2, 5, 16, 500])
+def test_documents_kept_apart(tokenizer, block_size):
+    """The same blocks, with positions that count from each boundary, or from where the block cuts a document."""
+    texts = Dataset.from_dict({"text": [*sentences(7), AWKWARD_TEXT]})
+    plain = pack(texts, tokenizer, block_size).blocks
+    apart = pack(texts, tokenizer, block_size, keep_documents_apart=True).blocks
+    assert len(plain) == len(apart)
+    for block, expected in zip(apart, plain):
+        position, positions = -1, []
+        for token in block["input_ids"].tolist():
+            position = 0 if token == tokenizer.eos_token_id else position + 1
+            positions.append(position)
+        assert block.pop("position_ids").tolist() == positions
+        assert all(torch.equal(block[name], expected[name]) for name in ("input_ids", "labels"))
+        assert block.keys() == expected.keys()
+
+
+def test_loss_of_documents_kept_apart(tokenizer):
+    """Packed or alone: the same loss for every token of every document."""
+    texts = sentences(5)
+    (block,) = pack(Dataset.from_dict({"text": texts}), tokenizer, 500, keep_documents_apart=True).blocks
+    model = tiny_model("tc", vocab_size=len(tokenizer))
+    batch = {name: values[None] for name, values in block.items()}
+    end = int((block["labels"] != -100).nonzero()[-1])
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0, :end]
+    alone = []
+    for text in texts:
+        ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        alone.append(model(input_ids=torch.tensor([ids])).logits[0])
+    close(logits, torch.cat(alone))
+
+
 def test_bytes_and_entropy(tokenizer):
     texts = ["aab", "é", "ab"]  # a, b and the two bytes of é
     packed = pack(Dataset.from_dict({"text": texts}), tokenizer, block_size=8)
@@ -262,7 +390,7 @@ def test_bits_per_byte_of_a_uniform_guess(tokenizer):
 
 def test_blocks_feed_a_model(tokenizer):
     packed = pack(Dataset.from_dict({"text": sentences(9)}), tokenizer, block_size=8)
-    batch = packed.blocks[:3]
+    batch = default_data_collator([packed.blocks[i] for i in range(3)])
     assert {name: (tuple(value.shape), str(value.dtype)) for name, value in batch.items()} == {
         "input_ids": ((3, 8), "torch.int64"),
         "labels": ((3, 8), "torch.int64"),

@@ -164,6 +164,39 @@ def test_gradcheck(n):
     torch.autograd.gradcheck(lambda *tensors: delta_rewrite(*tensors, key_eps=0.1), tuple(x.values()))
 
 
+# The anchored target
+
+
+@CHANNELS
+def test_anchor_is_part_of_the_target(n):
+    x, keep, add = arguments(n), random(n, seed=7), random(n, seed=8)
+    norm = (x["direction"].square().sum(-1, keepdim=True) + KEY_EPS**2).sqrt()
+    readout = (x["state"] @ (x["direction"] / norm)[..., None])[..., 0]
+    target = x["target"] + keep * readout + add * norm / x["gate"][..., None]
+    expected = delta_rewrite(**{**x, "target": target}, key_eps=KEY_EPS)
+    close(delta_rewrite(**x, key_eps=KEY_EPS, anchor=torch.stack((keep, add))), expected)
+    assert torch.equal(
+        delta_rewrite(**x, key_eps=KEY_EPS, anchor=torch.zeros(2, n)), delta_rewrite(**x, key_eps=KEY_EPS)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@CHANNELS
+def test_anchor_of_ones_is_the_residual_addition(n, dtype):
+    """To the last bit, whatever the gate."""
+    x = {name: tensor.to(dtype) for name, tensor in arguments(n).items()}
+    x["target"].zero_()
+    expected = x["state"] + x["direction"][:, :, None]
+    assert torch.equal(delta_rewrite(**x, key_eps=KEY_EPS, anchor=torch.ones(2, n)), expected)
+
+
+@CHANNELS
+def test_gradcheck_with_an_anchor(n):
+    x = {**arguments(n), "anchor": random(2, n, seed=7)}
+    names, tensors = zip(*((name, tensor.requires_grad_()) for name, tensor in x.items()))
+    torch.autograd.gradcheck(lambda *tensors: delta_rewrite(**dict(zip(names, tensors)), key_eps=0.1), tensors)
+
+
 # Vanishing, tiny and huge directions
 
 

@@ -362,6 +362,9 @@ def test_static_cache_compiled(variant, padded):
 @pytest.mark.parametrize("cache_implementation", ["offloaded", "offloaded_static"])
 @variants
 def test_offloaded_cache(variant, cache_implementation):
+    """Not compiled: torch 2.11 crashes when it compiles the streams of an offloaded static cache, with Llama too."""
     model, prompt = tiny_model(variant).cuda(), random_tokens(BATCH, 5).cuda()
     expected = greedy(model, prompt, 8)
-    assert torch.equal(generate(model, prompt, cache_implementation=cache_implementation), expected)
+    assert torch.equal(
+        generate(model, prompt, cache_implementation=cache_implementation, disable_compile=True), expected
+    )

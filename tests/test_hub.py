@@ -213,7 +213,13 @@ def test_dry_run_lists_all_and_needs_no_network(folder, tmp_path, capsys, monkey
     first, *lines, total = pushed.splitlines()
     assert first == f"would push {model} to user/nowhere:"
     sizes = {name: int(size.replace(",", "")) for size, name in map(str.split, lines)}
-    assert sizes.keys() == MODEL | {"eval_results.json", "loss.png", "run.yaml", "tokenizer_config.json"}
+    assert sizes.keys() == MODEL | {
+        "eval_results.json",
+        "loss.png",
+        "run.yaml",
+        "text_counts.json",
+        "tokenizer_config.json",
+    }
     local = {name: len(content) for name, content in contents(model).items()}
     grown = 2 * (len("user/nowhere") - len("bottles"))  # the name in the card's two examples
     assert sizes == {name: local[name] + (grown if name == "README.md" else 0) for name in sizes}
@@ -448,7 +454,7 @@ def test_card_of_a_finetuning(online, finetuning, folder, published):
     card = finetuned_card(finetuning, source, {"accuracy": 0.75}, CardArguments(license="mit", language="en"))
     validate(card)
     assert (card.data.base_model, card.data.datasets) == (
-        ("user/pretrained", "user/reviews") if published else (None, None)
+        ("user/pretrained", ["user/reviews"]) if published else (None, None)
     )
     (result,) = card.data.eval_results
     assert (result.task_type, result.metric_type, result.metric_value) == ("text-classification", "accuracy", 0.75)

@@ -25,11 +25,12 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from transformers_ddl import DDLForCausalLM, training
 from transformers_ddl.cli import main
 from transformers_ddl.data import DataArguments, read_corpus
+from transformers_ddl.flops import count_parameters, training_flops_per_token
 from transformers_ddl.settings import Run, read_settings
 
 
@@ -55,6 +56,9 @@ SETTINGS = {
         "use_cpu": True,
     },
 }
+
+
+FINISHED_OVERRIDES = ("--training.max_steps", "30", "--training.save_strategy=steps", "--training.save_steps", "15")
 
 
 def write_inputs(folder):
@@ -94,9 +98,8 @@ def finished(tmp_path_factory):
     """A workplace with the finished run in `out`, and what the command printed."""
     workplace = tmp_path_factory.mktemp("finished")
     write_inputs(workplace)
-    process = run_script(
-        "pretrain.py", "config.yaml", "--training.max_steps", "30", "--model.num_hidden_layers=2", cwd=workplace
-    )
+    (workplace / "deeper.yaml").write_text("{model: {num_hidden_layers: 2}, training: {report_to: tensorboard}}")
+    process = run_script("pretrain.py", "config.yaml", "deeper.yaml", *FINISHED_OVERRIDES, cwd=workplace)
     assert process.returncode == 0, process.stderr
     return workplace, process
 
@@ -170,6 +173,57 @@ def test_figures_against_a_computation_of_their_own(finished):
     assert results["bits_per_byte"] < 0.8 * entropy, "nothing was learned"
 
 
+def test_tensorboard(finished):
+    workplace, _ = finished
+    (folder,) = (workplace / "out" / "runs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "total_flos"):
+        steps = [event.step for event in events.Scalars(f"train/{name}")]
+        first, summary = (2 if name == "tokens_per_second" else 1), ([30] if name == "total_flos" else [])
+        assert steps == [*range(first, 31), *summary]
+    config = AutoModelForCausalLM.from_pretrained(workplace / "out").config
+    expected = 30 * 4 * BLOCK_SIZE * training_flops_per_token(config, BLOCK_SIZE)
+    assert events.Scalars("train/total_flos")[-1].value == pytest.approx(expected, rel=1e-6)  # float32
+
+
+def test_samples(finished):
+    workplace, _ = finished
+    samples = {path.name: path.read_text() for path in (workplace / "out" / "samples").iterdir()}
+    assert samples.keys() == {"step-00000015.txt", "step-00000030.txt"}
+    assert all(0 < len(text) for text in samples.values())
+
+
+def test_text_counts(finished):
+    workplace, process = finished
+    counts = json.loads((workplace / "out" / "text_counts.json").read_text())
+    assert counts["documents"]["train"] + counts["documents"]["held_out"] == 300
+    assert counts["documents"]["skipped"] == {}
+    assert f"{counts['num_tokens']:,} to train on" in process.stdout
+
+
+def test_dry_run(workplace, capsys):
+    before = contents(workplace)
+    assert pretrain("--dry-run", "--training.gradient_accumulation_steps", "2") == 0
+    with_steps = capsys.readouterr().out
+    assert contents(workplace) == before and not (workplace / "out").exists()
+    config = Run.from_settings(read_settings(["config.yaml"], [])).model
+    config.vocab_size = 300
+    flops = training_flops_per_token(config, BLOCK_SIZE)
+    assert f"parameters: {sum(count_parameters(config).values()):,} (embedding 9,600, " in with_steps
+    assert f"FLOPs per token: {flops:,} in matrix products, forward and backward; " in with_steps
+    assert "memory: " in with_steps and " GiB for activations" in with_steps
+    assert f"steps: 4 of 8 sequences of {BLOCK_SIZE} tokens" in with_steps
+    assert f"tokens: {4 * 8 * BLOCK_SIZE:,}, for {4 * 8 * BLOCK_SIZE * flops:.3g} FLOPs" in with_steps
+    assert f"output: {workplace / 'out'}" in with_steps
+
+    assert pretrain("--dry-run", "--training.max_steps", "-1", "--training.num_train_epochs", "2") == 0
+    steps = int(re.search(r"steps: (\d+) of 4", capsys.readouterr().out)[1])
+    overrides = ("--training.max_steps", "-1", "--training.num_train_epochs", "2", "--training.save_strategy", "epoch")
+    assert pretrain(*overrides) == 0
+    assert (workplace / "out" / f"checkpoint-{steps}").is_dir()
+    assert len([*(workplace / "out").glob("checkpoint-*")]) == 2
+
+
 def test_model_card(finished):
     workplace, _ = finished
     card = ModelCard.load(workplace / "out" / "README.md")
@@ -197,7 +251,7 @@ def test_sampling_from_nothing(tmp_path):
     assert "Traceback" not in process.stderr
 
 
-# ---- The same run again, another run into the same folder, an interrupted run ----
+# ---- The same run again ----
 
 
 def test_same_run_again_changes_nothing(finished, monkeypatch, capsys):
@@ -205,8 +259,8 @@ def test_same_run_again_changes_nothing(finished, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     before = contents(workplace)
     same_folder = str(workplace / "out")
-    overrides = ("--training.max_steps=30", "--model.num_hidden_layers", "2", "--training.output_dir", same_folder)
-    assert pretrain(*overrides) == 0
+    overrides = ("--model.num_hidden_layers", "2", "--training.output_dir", same_folder)
+    assert pretrain(*FINISHED_OVERRIDES, *overrides) == 0
     output = capsys.readouterr().out
     assert f"{same_folder} holds this very run, finished" in output
     assert "bits per byte" in output
@@ -221,34 +275,6 @@ def test_runs_are_reproducible(workplace):
         assert a[Path(name)] == b[Path(name)]
     assert pretrain("--training.output_dir", "c", "--training.seed", "1") == 0
     assert contents(workplace / "c")[Path("model.safetensors")] != a[Path("model.safetensors")]
-
-
-def test_interrupted_run_continues(workplace, monkeypatch, capsys):
-    """A run that stops after its checkpoint at step 2 of 4 ends, when started again, where an uninterrupted one does."""
-
-    class Interruption(TrainerCallback):
-        steps_seen = []
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.steps_seen.append(state.global_step)
-            if self.steps_seen == [1, 2, 3]:
-                raise KeyboardInterrupt
-
-    class InterruptedTrainer(training.Trainer):
-        def __init__(self, **kwargs):
-            super().__init__(callbacks=[Interruption], **kwargs)
-
-    checkpoints = ("--training.save_strategy", "steps", "--training.save_steps", "2")
-    assert pretrain("--training.output_dir", "uninterrupted", *checkpoints) == 0
-    monkeypatch.setattr(training, "Trainer", InterruptedTrainer)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(*checkpoints)
-    assert not (workplace / "out" / "eval_results.json").exists()
-    assert pretrain(*checkpoints) == 0
-    assert Interruption.steps_seen == [1, 2, 3, 3, 4]
-    assert "continuing from out/checkpoint-2" in capsys.readouterr().out
-    for name in ("model.safetensors", "tokenizer.json"):
-        assert (workplace / "out" / name).read_bytes() == (workplace / "uninterrupted" / name).read_bytes()
 
 
 # ---- Input that cannot be used ----
@@ -269,7 +295,7 @@ def test_interrupted_run_continues(workplace, monkeypatch, capsys):
         (["--model.gate_init", "3"], "model: gate_init must lie strictly between 0 and 2, got 3"),
         (
             ["--model.vocab_size", "9"],
-            "model.vocab_size: cannot be set, the tokenizer (tokenizer.vocab_size) decides it",
+            "model.vocab_size: cannot be set, the tokenizer (section tokenizer) decides it",
         ),
         (["--tokenizer.vocab_size", "100"], "tokenizer: vocab_size must be at least 258, got 100"),
         (["--tokenizer.vocab_size", "1e3"], "tokenizer.vocab_size: 1000.0 has the wrong type; allowed: int"),
@@ -283,13 +309,32 @@ def test_interrupted_run_continues(workplace, monkeypatch, capsys):
         (["--training.report_to", "abacus"], "training: abacus is not supported"),
         (["--model.max_position_embeddings", "1"], "model.max_position_embeddings: 1 leaves no token to predict"),
         # Command line
-        (["hidden_size", "8"], "unknown argument 'hidden_size'; allowed: --section.field value"),
+        (["--dry-run", "hidden_size", "8"], "unknown argument 'hidden_size'; allowed: --section.field value"),
         (["--hidden_size", "8"], "unknown argument '--hidden_size'; allowed: --section.field value"),
         (["--model.hidden_size"], "--model.hidden_size has no value"),
         (["--model.hidden_size", "--model.num_hidden_layers", "1"], "--model.hidden_size has no value"),
         (["--model.hidden_size.x", "1"], "--model.hidden_size.x: hidden_size is 32 and has no fields"),
         (["--model.hidden_size", "[1"], "--model.hidden_size: '[1' is not YAML"),
         # Data
+        (
+            ["--data.packing", "loose"],
+            "data.packing: 'loose' has the wrong type; allowed: typing.Literal['concatenate',",
+        ),
+        (
+            ["--data.source", "[{weight: 1}]"],
+            "data: source: {'weight': 1} must have the field source and no others but",
+        ),
+        (["--data.source", "[{source: corpus.txt, weight: -1}]"], "data: weight must be positive, got -1"),
+        (["--data.source", "[{source: corpus.txt}, {source: missing.txt}]"], "no file or folder 'missing.txt'"),
+        (
+            ["--data.streaming", "true", "--training.max_steps", "-1"],
+            "training.max_steps: missing; with data.streaming",
+        ),
+        (
+            ["--tokenizer.name", "gpt2"],
+            "tokenizer: one of vocab_size (to train a tokenizer) and name (to load one) must",
+        ),
+        (["--tokenizer.vocab_size", "null", "--tokenizer.name", "no/where"], "tokenizer.name: cannot load 'no/where'"),
         (["--data.source", "missing.txt"], "data.source: no file or folder 'missing.txt'; allowed: 'stdlib', a file,"),
         (["--data.source", "owner/dataset"], "data.source: cannot read 'owner/dataset'"),
         (
@@ -313,8 +358,8 @@ def test_unusable_input(workplace, capsys, overrides, message):
     (workplace / "rows.jsonl").write_text('{"body": "a", "id": 1}\n')
     before = contents(workplace)
     assert pretrain(*overrides) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.endswith("\n") and error.count("\n") == 1
+    *bars, error = capsys.readouterr().err.splitlines()  # reading data has a progress bar
+    assert error.startswith("error: ") and not any("rror" in line for line in bars)
     assert message in error
     assert contents(workplace) == before
     assert not (workplace / "out").exists()
@@ -330,7 +375,7 @@ def test_unusable_input(workplace, capsys, overrides, message):
             "'other.yaml' has fields outside sections; allowed: the sections data, tokenizer, model, training, card",
         ),
         ("max_steps: 3", "'other.yaml' has fields outside sections"),
-        ("data: {source: corpus.txt}", "tokenizer.vocab_size: missing"),
+        ("{data: {source: corpus.txt}, training: {output_dir: out}}", "tokenizer: one of vocab_size (to train a"),
         ("{data: {source: corpus.txt}, tokenizer: {vocab_size: 300}}", "training.output_dir: missing"),
         ("{tokenizer: {vocab_size: 300}, training: {output_dir: out}}", "data.source: missing"),
     ],
@@ -351,8 +396,8 @@ def test_other_run_in_the_folder_of_a_finished_one(finished):
     process = run_script("pretrain.py", "config.yaml", "--training.max_steps", "31", cwd=workplace)
     assert process.returncode == 2
     assert process.stderr == (
-        "error: training.output_dir: 'out' holds a run with another model.num_hidden_layers, training.max_steps; "
-        "allowed: a new or empty folder, or one that holds this very run\n"
+        "error: training.output_dir: 'out' holds a run with another model.num_hidden_layers, training.max_steps, "
+        "training.save_steps, training.save_strategy; allowed: a new or empty folder, or one that holds this very run\n"
     )
     assert contents(workplace) == before
 
@@ -362,7 +407,7 @@ def test_other_run_in_the_folder_of_a_finished_one(finished):
 
 def test_overrides_reach_every_section_and_depth(workplace):
     settings = read_settings(
-        "config.yaml",
+        ["config.yaml"],
         ["--data.text_column=body", "--tokenizer.vocab_size", "400", "--training.learning_rate=1e-3"]
         + ["--training.save_strategy", "no", "--training.warmup_steps", "7", "--training.eval_steps", "5"]
         + ["--model.rope_parameters", "{rope_type: default}", "--model.rope_parameters.rope_theta", "5000.0"]
@@ -394,14 +439,5 @@ def test_overrides_reach_every_section_and_depth(workplace):
     ],
 )
 def test_yaml_values(workplace, text, value):
-    read = read_settings("config.yaml", ["--data.x", text])["data"]["x"]
+    read = read_settings(["config.yaml"], ["--data.x", text])["data"]["x"]
     assert (read, type(read)) == (value, type(value))
-
-
-def test_quickstart_is_ddl_cc_of_one_to_three_million_parameters():
-    run = Run.from_settings(read_settings(REPOSITORY / "configs" / "quickstart.yaml", []))
-    config = run.model
-    assert (config.residual_type, config.num_value_channels, config.compressor) == ("delta", 4, "channel")
-    assert config.embedding_conv
-    config.vocab_size = run.tokenizer.vocab_size
-    assert 1e6 < DDLForCausalLM(config).num_parameters() < 3e6

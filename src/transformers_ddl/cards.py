@@ -31,7 +31,7 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from . import __version__
 from .configuration_ddl import DDLConfig
-from .data import STDLIB, Corpus, PackedText
+from .data import STDLIB, TextCounts
 
 
 if TYPE_CHECKING:
@@ -94,19 +94,16 @@ def check_metadata(data: ModelCardData):
                 raise ValueError(f"{field} must name repositories of the Hub, got {name!r}")
 
 
-def pretrained_card(
-    run: "Run", corpus: Corpus, train: PackedText, trainer: Trainer, results: dict[str, float]
-) -> ModelCard:
+def pretrained_card(run: "Run", train: TextCounts, trainer: Trainer, results: dict[str, float]) -> ModelCard:
     """The card of a model trained from scratch; `results` are those of [`~transformers_ddl.training.evaluate`]."""
     return _render(
         "pretrained.md",
         trainer,
-        source=run.data.source,
+        sources=[source.source for source in run.data.sources],
         subset=run.data.subset,
         metrics={name: results[name] for name in ("bits_per_byte", "perplexity")},
         arguments=run.card,
         block_size=run.model.max_position_embeddings,
-        corpus=corpus,
         results=results,
         settings=yaml.safe_dump(run.settings, sort_keys=False),
         train=train,
@@ -128,7 +125,7 @@ def finetuned_card(
     return _render(
         "finetuned.md",
         trainer,
-        source=source,
+        sources=[source],
         metrics=metrics,
         arguments=arguments or CardArguments(),
         base_model=_published(base_model),
@@ -141,7 +138,7 @@ def finetuned_card(
 def _render(
     template: str,
     trainer: Trainer,
-    source: str,
+    sources: list[str],
     metrics: dict[str, float],
     arguments: CardArguments,
     subset: str | None = None,
@@ -150,8 +147,8 @@ def _render(
 ) -> ModelCard:
     name = Path(trainer.args.output_dir).resolve().name
     task = next(task for suffix, task in TASKS.items() if type(trainer.model).__name__.endswith(suffix))
-    dataset = _published(source)
-    dataset_name = dataset or Path(source).name
+    published = [_published(source) for source in sources]
+    dataset_name = " + ".join(name or Path(source).name for name, source in zip(published, sources))
     metadata = ModelCardData(
         license=arguments.license,
         language=arguments.language,
@@ -159,13 +156,13 @@ def _render(
         pipeline_tag=task,
         tags=["deep-delta-learning"],
         base_model=base_model,
-        datasets=dataset,
+        datasets=[name for name in published if name] or None,
         metrics=list(metrics),
         model_name=name,
         eval_results=[
             EvalResult(
                 task_type=task,
-                dataset_type=dataset or "text",
+                dataset_type=(published[0] if len(sources) == 1 else None) or "text",
                 dataset_config=subset,
                 dataset_name=f"{dataset_name} (held out)",
                 metric_type=metric,

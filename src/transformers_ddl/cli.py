@@ -30,6 +30,7 @@ class RunError(Exception):
 COMMANDS = {
     "pretrain": ("training", "train a model from scratch, as a YAML file says"),
     "generate": ("generation", "print sampled continuations of prompts"),
+    "convert": ("conversion", "turn a checkpoint of the authors' code, or a Llama, into a DDL model"),
     "push": ("hub", "upload a finished model to the Hugging Face Hub"),
 }
 

@@ -117,6 +117,10 @@ class DDLConfig(LlamaConfig):
             Scale of v; 4 for `"sigmoid"`, 2 for `"constant"`, 1 for the linear value if None.
         value_bias (`bool`, *optional*):
             Whether the value map has a bias; True for `"sigmoid"`, False otherwise if None.
+        value_anchor (`float`, *optional*):
+            Starts two learned vectors a, b ∈ Rⁿ per sublayer at this value between 0 and 1, which turn the target into
+            `v + a ∘ Xᵀk + b ‖k̃‖ / β`: at 0 the rewrite is the pure delta rule, at 1 and v = 0 an ordinary residual addition.
+            They are how a converted Llama becomes a delta model by degrees. None for the pure delta rule without them.
         key_eps (`float`, defaults to 1e-5):
             Guard ε of the direction `k = k̃ / sqrt(‖k̃‖² + ε²)`. Where k̃ vanishes the gradient is of order 1/ε.
         qk_norm (`"pre_rope"`, `"post_rope"` or None, defaults to `"pre_rope"`):
@@ -170,6 +174,7 @@ class DDLConfig(LlamaConfig):
     value_activation: Literal["sigmoid", "constant"] | None = "sigmoid"
     value_scale: float | int | None = None
     value_bias: bool | None = None
+    value_anchor: float | int | None = None
     key_eps: float | int = 1e-5
     qk_norm: Literal["pre_rope", "post_rope"] | None = "pre_rope"
     logits_scale: float | int | None = None
@@ -309,8 +314,12 @@ class DDLConfig(LlamaConfig):
             raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
         if self.attention_dropout is not None and not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout must be at least 0 and below 1, got {self.attention_dropout}")
-        if self.rope_parameters.get("partial_rotary_factor") not in (None, 1):
-            raise ValueError(f"rope_parameters' partial_rotary_factor must be 1 or absent, got {self.rope_parameters}")
+        rotary_dim = self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0)
+        if not 2 <= rotary_dim <= self.head_dim or int(rotary_dim) % 2:
+            raise ValueError(
+                f"rope_parameters' partial_rotary_factor must turn an even number of the features of a head "
+                f"(head_dim={self.head_dim}), got {self.rope_parameters}"
+            )
         rope_types = ["default", *ROPE_INIT_FUNCTIONS]
         if self.rope_parameters.get("rope_type") not in rope_types:
             raise ValueError(f"rope_parameters' rope_type must be one of {rope_types}, got {self.rope_parameters}")
@@ -365,6 +374,13 @@ class DDLConfig(LlamaConfig):
             raise ValueError(f"gate_init must lie strictly between 0 and 2, got {self.gate_init}")
         if self.value_activation == "constant" and self.value_bias:
             raise ValueError("value_bias must be False or None for value_activation='constant', got True")
+        if self.value_anchor is not None and not 0 <= self.value_anchor <= 1:
+            raise ValueError(f"value_anchor must lie between 0 and 1, got {self.value_anchor}")
+        if self.value_anchor is not None and (self.residual_type, self.num_delta_steps) != ("delta", 1):
+            raise ValueError(
+                f"value_anchor must be None for residual_type={self.residual_type!r} with "
+                f"num_delta_steps={self.num_delta_steps}, got {self.value_anchor}"
+            )
         if self.key_eps < 1e-18:
             raise ValueError(
                 f"key_eps must be at least 1e-18, for its square not to vanish in float32, got {self.key_eps}"

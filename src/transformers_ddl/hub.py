@@ -33,7 +33,7 @@ from .cli import InputError, RunError
 from .configuration_ddl import DDLConfig
 
 
-# What training leaves beside a model: checkpoints, states of the optimizer and the Trainer, logs, and hidden files
+# What training leaves beside a model: checkpoints, states of data, optimizer and Trainer, logs, samples, and hidden files
 LEFT_OUT = [
     "checkpoint-*/",
     "optimizer*",
@@ -41,6 +41,8 @@ LEFT_OUT = [
     "scaler.pt",
     "rng_state*.pth",
     "trainer_state.json",
+    "stream.jsonl",
+    "samples/",
     "training_args.bin",
     "runs/",
     "logs/",

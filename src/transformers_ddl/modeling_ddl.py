@@ -47,6 +47,8 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as apply_partial_rotary_pos_emb
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaMLP,
@@ -80,12 +82,18 @@ class DDLRMSNorm(LlamaRMSNorm):
 
 
 class DDLRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's, which computes in float32 whatever its input, but exact in float64 for unscaled frequencies."""
+    """
+    Llama's, which computes in float32 whatever its input, but exact in float64 for unscaled frequencies. As in GPT-NeoX, a
+    `partial_rotary_factor` below 1 turns only that share of each head, its first features.
+    """
+
+    compute_default_rope_parameters = staticmethod(GPTNeoXRotaryEmbedding.compute_default_rope_parameters)
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if x.dtype != torch.float64 or self.rope_type != "default":
             return super().forward(x, position_ids)
-        exponents = torch.arange(0, self.config.head_dim, 2, device=x.device, dtype=x.dtype) / self.config.head_dim
+        rotary_dim = 2 * self.inv_freq.shape[0]
+        exponents = torch.arange(0, rotary_dim, 2, device=x.device, dtype=x.dtype) / rotary_dim
         angles = position_ids[..., None] * self.config.rope_parameters["rope_theta"] ** -exponents
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
@@ -98,9 +106,14 @@ def delta_rewrite(
     gate: torch.Tensor,
     key_eps: float,
     erase: bool = True,
+    anchor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     The delta rewrite `X' = X + β k (vᵀ − kᵀX)` with `k = k̃ / sqrt(‖k̃‖² + ε²)` (paper §2).
+
+    An anchor (a, b) replaces the target v by `v + a ∘ Xᵀk + b ‖k̃‖ / β`: the share a of what is read is kept, and b k̃ is
+    added as in an ordinary residual connection, `X' = X + β k (v − (1 − a) ∘ Xᵀk)ᵀ + k̃ bᵀ`. With v = 0 and a = b = 1 this is
+    `X + k̃`, to the last bit.
 
     Args:
         state (`[batch, sequence, n, hidden_size]`): X.
@@ -109,6 +122,7 @@ def delta_rewrite(
         gate (`[batch, sequence]`): β.
         key_eps (`float`): ε.
         erase (`bool`): Without, what the state holds along k stays: `X' = X + β k vᵀ` (spec §6).
+        anchor (`[2, n]`, *optional*): a and b; those of the pure rewrite, zeros, if None.
 
     Returns:
         `[batch, sequence, n, hidden_size]`, in the dtype of `state`, computed in at least float32.
@@ -116,9 +130,14 @@ def delta_rewrite(
     direction = upcast(direction)
     key = direction * torch.rsqrt(direction.square().sum(-1, keepdim=True) + key_eps**2)
     key = key.unsqueeze(-2)
-    error = target - (state * key).sum(-1) if erase else target
-    write = gate.unsqueeze(-1) * error
-    return (state + write.unsqueeze(-1) * key).to(state.dtype)
+    readout = (state * key).sum(-1) if erase else 0
+    if anchor is not None:
+        readout = (1 - anchor[0]) * readout
+    write = gate.unsqueeze(-1) * (target - readout)
+    update = write.unsqueeze(-1) * key
+    if anchor is not None:
+        update = update + anchor[1].unsqueeze(-1) * direction.unsqueeze(-2)
+    return (state + update).to(state.dtype)
 
 
 # What a sublayer writes into the state. The module of a residual type computes the weights of the write from what the
@@ -128,7 +147,8 @@ def delta_rewrite(
 class DDLDeltaResidual(nn.Module):
     """
     Gate and target of a sublayer's delta rewrites: `β = 2σ(w·c + b)` or `β = 2σ(w·tanh(W₁c + b₁) + b)` (paper §2) and
-    `v = scale · a(W x + b)`, for each of the `num_delta_steps` directions that the sublayer outputs.
+    `v = scale · a(W x + b)`, for each of the `num_delta_steps` directions that the sublayer outputs. With `value_anchor` also
+    an anchor of the target, two learned vectors.
     """
 
     def __init__(self, config: DDLConfig, sublayer_idx: int):
@@ -140,6 +160,9 @@ class DDLDeltaResidual(nn.Module):
         self.num_values = config.num_delta_steps * config.num_value_channels
         if config.value_activation != "constant":
             self.value_proj = nn.Linear(config.hidden_size, self.num_values, bias=config.value_bias)
+        if config.value_anchor is not None:
+            self.anchor_keep = nn.Parameter(torch.empty(config.num_value_channels))
+            self.anchor_add = nn.Parameter(torch.empty(config.num_value_channels))
 
     def gate(self, context: torch.Tensor) -> torch.Tensor:
         """β `[batch, sequence, steps]` in at least float32, from the normalised context `[batch, sequence, hidden_size]`."""
@@ -161,18 +184,28 @@ class DDLDeltaResidual(nn.Module):
             value = torch.sigmoid(value)
         return config.value_scale * value
 
-    def forward(self, hidden_states: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.target(hidden_states, context), self.gate(context)
+    def anchor(self) -> torch.Tensor:
+        """a and b, `[2, n]` in at least float32; a copy, as FSDP may have freed the parameters when the write is made."""
+        return upcast(torch.stack((self.anchor_keep, self.anchor_add)))
+
+    def forward(self, hidden_states: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        anchor = () if self.config.value_anchor is None else (self.anchor(),)
+        return self.target(hidden_states, context), self.gate(context), *anchor
 
 
 def write_delta(
-    config: DDLConfig, state: torch.Tensor, output: torch.Tensor, target: torch.Tensor, gate: torch.Tensor
+    config: DDLConfig,
+    state: torch.Tensor,
+    output: torch.Tensor,
+    target: torch.Tensor,
+    gate: torch.Tensor,
+    anchor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One [`delta_rewrite`] for each direction in `output` `[batch, sequence, steps · hidden_size]`, one after another."""
     steps = config.num_delta_steps
     for direction, step_target, step_gate in zip(output.chunk(steps, -1), target.chunk(steps, -1), gate.unbind(-1)):
         erase = config.residual_type == "delta"
-        state = delta_rewrite(state, direction, step_target, step_gate, config.key_eps, erase)
+        state = delta_rewrite(state, direction, step_target, step_gate, config.key_eps, erase, anchor)
     return state
 
 
@@ -480,7 +513,9 @@ class DDLAttention(LlamaAttention):
 
         if self.config.qk_norm == "pre_rope":
             query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
-        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
+        is_partial = position_embeddings[0].shape[-1] < self.head_dim
+        rotate = apply_partial_rotary_pos_emb if is_partial else apply_rotary_pos_emb
+        query_states, key_states = rotate(query_states, key_states, *position_embeddings)
         if self.config.qk_norm == "post_rope":
             query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
 
@@ -674,6 +709,9 @@ class DDLPreTrainedModel(LlamaPreTrainedModel):
         if isinstance(module, DDLDeltaResidual):
             gate_init = self.config.gate_init / 2
             init.constant_(module.beta_proj.bias, math.log(gate_init / (1 - gate_init)))
+            if self.config.value_anchor is not None:
+                init.constant_(module.anchor_keep, self.config.value_anchor)
+                init.constant_(module.anchor_add, self.config.value_anchor)
         elif isinstance(module, DDLAdditiveResidual) and module.amplitude is not None:
             init.ones_(module.amplitude)
         elif isinstance(module, DDLHyperConnection):

@@ -38,8 +38,8 @@ def load_kernels():
 def can_fuse(config: PreTrainedConfig, state: torch.Tensor, residual: nn.Module | None) -> bool:
     """
     Whether the fused kernels can compute the boundary before a sublayer: with Triton, on a GPU, for a state
-    `[batch, sequence, n, hidden_size]` in float32, bfloat16 or float16, one write of rank 1, compression over channels, and
-    gate and value maps that are plain linear layers (not wrapped by an adapter, say). The environment variable
+    `[batch, sequence, n, hidden_size]` in float32, bfloat16 or float16, one write of rank 1 without an anchor, compression over
+    channels, and gate and value maps that are plain linear layers (not wrapped by an adapter, say). The environment variable
     `TRANSFORMERS_DDL_KERNELS` overrides the device: 0 always takes the PyTorch path, 1 takes the kernels on a CPU too
     (Triton's interpreter).
     """
@@ -48,7 +48,7 @@ def can_fuse(config: PreTrainedConfig, state: torch.Tensor, residual: nn.Module 
         return False
     if config.residual_type not in ("delta", "write_only", "expanded_additive") or config.compressor == "token":
         return False
-    if config.num_delta_steps > 1 or config.num_value_channels > MAX_VALUE_CHANNELS:
+    if config.num_delta_steps > 1 or config.value_anchor is not None or config.num_value_channels > MAX_VALUE_CHANNELS:
         return False
     if state.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False

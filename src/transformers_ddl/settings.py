@@ -41,17 +41,31 @@ from .data import DataArguments
 @dataclass
 class TokenizerArguments:
     """
-    The byte-level BPE tokenizer that is trained on the training documents.
+    The tokenizer: a byte-level BPE tokenizer that is trained on the training documents, or one that exists.
 
     Args:
-        vocab_size (`int`): Number of tokens, at least 258: 256 bytes and 2 special tokens.
+        vocab_size (`int`, *optional*):
+            Number of tokens to train, at least 258: 256 bytes and 2 special tokens.
+        name (`str`, *optional*):
+            The folder or name on the Hub of an existing tokenizer instead.
+        pad_to_multiple_of (`int`, defaults to 1):
+            What the rows of the model's embedding are a multiple of; those beyond the tokenizer's tokens are never used.
     """
 
-    vocab_size: int
+    vocab_size: int | None = None
+    name: str | None = None
+    pad_to_multiple_of: int = 1
 
     def __post_init__(self):
-        if self.vocab_size < 258:
+        if (self.vocab_size is None) == (self.name is None):
+            raise ValueError("one of vocab_size (to train a tokenizer) and name (to load one) must be given")
+        if self.vocab_size is not None and self.vocab_size < 258:
             raise ValueError(f"vocab_size must be at least 258, got {self.vocab_size}")
+        if self.pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of must be at least 1, got {self.pad_to_multiple_of}")
+
+    def num_embeddings(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
 
 SECTIONS = {
@@ -61,13 +75,13 @@ SECTIONS = {
     "training": TrainingArguments,
     "card": CardArguments,
 }
-REQUIRED_FIELDS = {"data": "source", "tokenizer": "vocab_size", "training": "output_dir"}
+REQUIRED_FIELDS = {"data": "source", "training": "output_dir"}
 # Fields that would have no effect, or contradict what the pretraining does, and who decides instead.
 RESERVED_FIELDS = {
     "data": {},
     "tokenizer": {},
     "model": dict.fromkeys(
-        ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"), "the tokenizer (tokenizer.vocab_size)"
+        ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"), "the tokenizer (section tokenizer)"
     ),
     "training": dict.fromkeys(
         (
@@ -76,7 +90,9 @@ RESERVED_FIELDS = {
             "do_predict",
             "do_train",
             "eval_do_concat_batches",
+            "ignore_data_skip",
             "include_num_input_tokens_seen",
+            "logging_nan_inf_filter",
             "prediction_loss_only",
             "resume_from_checkpoint",
         ),
@@ -103,20 +119,24 @@ YamlLoader.add_implicit_resolver(
 )
 
 
-def read_settings(path: str | Path, overrides: list[str]) -> Settings:
+def read_settings(paths: list[str | Path], overrides: list[str]) -> Settings:
     """
-    Reads a YAML file and sets the fields named by `overrides`, `["--section.field", "value", ...]` or
-    `["--section.field=value", ...]`, whose values are YAML too.
+    Reads YAML files, of which the later ones add fields to those before or replace them, and sets the fields named by
+    `overrides`, `["--section.field", "value", ...]` or `["--section.field=value", ...]`, whose values are YAML too.
 
     Raises:
-        `InputError`: if the file cannot be read, is not made of sections, or an override is not of that form.
+        `InputError`: if a file cannot be read, is not made of sections, or an override is not of that form.
     """
-    try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), YamlLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read {str(path)!r}: {error}") from error
-    if not isinstance(settings, dict) or not all(isinstance(values, dict) for values in settings.values()):
-        raise InputError(f"{str(path)!r} has fields outside sections; allowed: the sections {', '.join(SECTIONS)}")
+    settings = {}
+    for path in paths:
+        try:
+            sections = yaml.load(Path(path).read_text(encoding="utf-8"), YamlLoader)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"cannot read {str(path)!r}: {error}") from error
+        if not isinstance(sections, dict) or not all(isinstance(values, dict) for values in sections.values()):
+            raise InputError(f"{str(path)!r} has fields outside sections; allowed: the sections {', '.join(SECTIONS)}")
+        for section, values in sections.items():
+            settings.setdefault(section, {}).update(values)
 
     overrides = iter(overrides)
     for argument in overrides:
@@ -177,6 +197,8 @@ class Run:
             raise InputError(
                 f"model.max_position_embeddings: {block_size} leaves no token to predict; allowed: at least 2"
             )
+        if sections["data"].streaming and sections["training"].max_steps < 1:
+            raise InputError("training.max_steps: missing; with data.streaming, a run must say it")
         return cls(**sections, settings=settings)
 
 

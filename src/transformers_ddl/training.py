@@ -14,55 +14,112 @@
 """Pretraining: a YAML file in; a folder with a model, its tokenizer, its evaluation and its model card out."""
 
 import argparse
+import errno
 import json
 import math
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, broadcast_object_list
 from huggingface_hub import HfApi
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
-from transformers import EvalPrediction, ProgressCallback, Trainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import (
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
 from .cards import pretrained_card
-from .cli import InputError
-from .data import IGNORE_INDEX, PackedText, pack, read_corpus, train_tokenizer
+from .checkpoints import last_complete_checkpoint, write_atomically
+from .cli import InputError, RunError
+from .data import (
+    IGNORE_INDEX,
+    PackedText,
+    TextCounts,
+    load_tokenizer,
+    pack,
+    read_corpus,
+    train_tokenizer,
+)
+from .flops import activation_bytes, count_parameters, state_flops_per_token, training_flops_per_token
 from .hub import push
 from .modeling_ddl import DDLForCausalLM
 from .settings import Run, blaming, read_settings
+from .streaming import DocumentStream, StreamedText
+from .trainer import DDLTrainer
 
 
 RUN_FILE = "run.yaml"
 RESULTS_FILE = "eval_results.json"
+COUNTS_FILE = "text_counts.json"
+JOURNAL_FILE = "stream.jsonl"
+# Another value may be given to continue a run: it changes nothing about what is trained. Of the batch sizes the product counts,
+# with the number of processes: `BatchSize` keeps it.
+FREE_FIELDS = {
+    "data.num_proc",
+    "training.dataloader_num_workers",
+    "training.dataloader_persistent_workers",
+    "training.dataloader_prefetch_factor",
+    "training.disable_tqdm",
+    "training.gradient_accumulation_steps",
+    "training.output_dir",  # the same folder has many paths
+    "training.per_device_train_batch_size",
+    "training.report_to",
+}
 
 
 def main(arguments: list[str]):
-    """`transformers-ddl pretrain CONFIG [--section.field value ...]`."""
+    """`transformers-ddl pretrain CONFIG ... [--dry-run] [--section.field value ...]`."""
     parser = argparse.ArgumentParser(
-        prog="transformers-ddl pretrain", description="Pretrain a Deep Delta Learning language model."
+        prog="transformers-ddl pretrain",
+        usage="%(prog)s [-h] [--dry-run] CONFIG [CONFIG ...] [--section.field value ...]",
+        description="Pretrain a Deep Delta Learning language model. Started again after it was interrupted, the same "
+        "command continues from the last complete checkpoint.",
+        epilog="--section.field value sets any field of the files, for instance --model.hidden_size 256 or "
+        "--training.learning_rate=1e-3.",
+        allow_abbrev=False,
     )
-    parser.add_argument("config", help="YAML file with the sections data, tokenizer, model and training")
     parser.add_argument(
-        "overrides",
-        nargs=argparse.REMAINDER,
-        metavar="--section.field value",
-        help="any field of the file, for instance --model.hidden_size 256 or --training.learning_rate=1e-3",
+        "config",
+        nargs="+",
+        metavar="CONFIG",
+        help="YAML files with the sections data, tokenizer, model and training; later ones override earlier ones",
     )
-    options = parser.parse_args(arguments)
-    run = Run.from_settings(read_settings(options.config, options.overrides))
-    if is_finished(run):
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would cost, and write nothing")
+    options, overrides = parser.parse_known_args(arguments)
+    run = Run.from_settings(read_settings(options.config, overrides))
+    finished = is_finished(run)
+    if options.dry_run:
+        print(describe(run))
+        return
+    if finished:
         print(f"{run.training.output_dir} holds this very run, finished; delete the folder to repeat it.")
     else:
-        pretrain(run)
-    results = json.loads(Path(run.training.output_dir, RESULTS_FILE).read_text())
-    print(
-        f"held-out text: {results['bits_per_byte']:.3f} bits per byte, where the entropy of single bytes is "
-        f"{results['unigram_bits_per_byte']:.3f}; loss {results['eval_loss']:.3f} nats per token, "
-        f"perplexity {results['perplexity']:.1f}"
-    )
+        with explaining_failures(Path(run.training.output_dir)):
+            repo_id = pretrain(run)
+        if repo_id is not None:
+            push(Path(run.training.output_dir), repo_id, revision=run.training.hub_revision)
+    if run.training.process_index == 0:
+        results = json.loads(Path(run.training.output_dir, RESULTS_FILE).read_text())
+        print(
+            f"held-out text: {results['bits_per_byte']:.3f} bits per byte, where the entropy of single bytes is "
+            f"{results['unigram_bits_per_byte']:.3f}; loss {results['eval_loss']:.3f} nats per token, "
+            f"perplexity {results['perplexity']:.1f}"
+        )
 
 
 def is_finished(run: Run) -> bool:
@@ -79,16 +136,16 @@ def is_finished(run: Run) -> bool:
         if folder.exists():
             raise InputError(f"training.output_dir: {str(folder)!r} is a file; {allowed}")
         return False
-    if not any(folder.iterdir()):
+    if all(file.name.startswith(".") for file in folder.iterdir()):
         return False
     if not (folder / RUN_FILE).is_file():
         raise InputError(f"training.output_dir: {str(folder)!r} holds files of something else; {allowed}")
 
     recorded, given = (
         {f"{section}.{name}": value for section, values in settings.items() for name, value in values.items()}
-        for settings in (read_settings(folder / RUN_FILE, []), run.settings)
+        for settings in (read_settings([folder / RUN_FILE], []), run.settings)
     )
-    names = (recorded.keys() | given.keys()) - {"training.output_dir"}  # the same folder has many paths
+    names = (recorded.keys() | given.keys()) - FREE_FIELDS
     different = sorted(name for name in names if recorded.get(name) != given.get(name))
     if different:
         raise InputError(
@@ -97,68 +154,230 @@ def is_finished(run: Run) -> bool:
     return (folder / RESULTS_FILE).is_file()
 
 
-def pretrain(run: Run):
+def describe(run: Run) -> str:
     """
-    Trains a tokenizer and a model and fills the output folder; continues from its last checkpoint if it has one.
+    What a run costs and where it goes. Data are read only if their amount decides the number of steps.
+
+    Raises:
+        `InputError`: if data or a tokenizer that are needed cannot be read.
+    """
+    args, config = run.training, run.model
+    block_size = config.max_position_embeddings
+    batch_size = sequences_per_step(args)
+    if run.tokenizer.name is not None:
+        config.vocab_size = run.tokenizer.num_embeddings(len(load_tokenizer(run.tokenizer.name)))
+    else:
+        config.vocab_size = run.tokenizer.num_embeddings(run.tokenizer.vocab_size)
+    steps = args.max_steps
+    if steps < 1:
+        text = read_text(run)
+        config.vocab_size = run.tokenizer.num_embeddings(len(text.tokenizer))
+        steps = math.ceil(math.ceil(len(text.train) / batch_size) * args.num_train_epochs)
+
+    parameters = count_parameters(config)
+    num_parameters = sum(parameters.values())
+    flops = training_flops_per_token(config, block_size)
+    tokens = steps * batch_size * block_size
+    activations = args.train_batch_size * activation_bytes(
+        config, block_size, torch.bfloat16 if args.bf16 else None, args.gradient_checkpointing
+    )
+    return "\n".join(
+        (
+            f"parameters: {num_parameters:,} ("
+            + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in parameters.items() if count)
+            + ")",
+            f"FLOPs per token: {flops:,} in matrix products, forward and backward; "
+            f"{sum(state_flops_per_token(config).values()):,} element-wise on the residual state, forward alone",
+            f"memory: {16 * num_parameters / 2**30:,.2f} GiB for parameters, gradients and AdamW's moments in float32 if "
+            f"they are not sharded, {activations / 2**30:,.2f} GiB for activations on each device (eager PyTorch)",
+            f"steps: {steps:,} of {batch_size:,} sequences of {block_size:,} tokens",
+            f"tokens: {tokens:,}, for {flops * tokens:.3g} FLOPs",
+            f"output: {Path(args.output_dir).resolve()}",
+        )
+    )
+
+
+@dataclass
+class Text:
+    """What a model is trained and evaluated on."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: torch.utils.data.Dataset
+    held_out: PackedText
+    counts: TextCounts | None  # with streaming, they are known after training
+
+
+def read_text(run: Run) -> Text:
+    """
+    Raises:
+        `InputError`: if the data or the tokenizer cannot be used.
+    """
+    stream = DocumentStream(run.data, run.training.seed) if run.data.streaming else None
+    corpus = stream.sample() if stream else read_corpus(run.data)
+    if run.tokenizer.name is not None:
+        tokenizer = load_tokenizer(run.tokenizer.name)
+    else:
+        tokenizer = train_tokenizer(corpus.train["text"], run.tokenizer.vocab_size)
+    options = {
+        "block_size": run.model.max_position_embeddings,
+        "keep_documents_apart": run.data.packing == "documents",
+    }
+    held_out = pack(corpus.held_out, tokenizer, num_proc=run.data.num_proc, **options)
+    if stream:
+        journal = Path(run.training.output_dir, JOURNAL_FILE)
+        return Text(tokenizer, StreamedText(stream, tokenizer, journal, **options), held_out, None)
+    train = pack(corpus.train, tokenizer, num_proc=run.data.num_proc, **options)
+    return Text(tokenizer, train.blocks, held_out, TextCounts(corpus.counts, train.num_tokens, train.num_bytes))
+
+
+def pretrain(run: Run) -> str | None:
+    """
+    Makes or loads a tokenizer, trains a model and fills the output folder; continues from its last complete checkpoint if it
+    has one. The process may be killed at any moment: the same call then goes on from there.
+
+    Returns:
+        The repository on the Hub that the output folder is still to be pushed to, if any; by the main process alone.
 
     Raises:
         `InputError`: if the data or the training arguments cannot be used; then nothing has been written.
+        `RunError`: if the loss is not finite any more. The complete checkpoints are left, as after any other failure.
     """
-    corpus = read_corpus(run.data)
-    print(f"data: {run.data.source}: {corpus}")
-    tokenizer = train_tokenizer(corpus.train["text"], run.tokenizer.vocab_size)
-    train, held_out = (
-        pack(documents, tokenizer, block_size=run.model.max_position_embeddings)
-        for documents in (corpus.train, corpus.held_out)
-    )
-    print(
-        f"tokens: vocabulary of {len(tokenizer):,}; {train.num_tokens:,} to train on, {held_out.num_tokens:,} held out"
-    )
+    report = print if run.training.process_index == 0 else lambda *_: None
+    with run.training.main_process_first(desc="reading text"):  # the others find it in the cache
+        text = read_text(run)
+    if text.counts is None:
+        report(f"data: {run.data.name}: streamed, {len(text.held_out.documents):,} held-out documents to evaluate on")
+    else:
+        report(f"data: {run.data.name}: {text.counts.documents}")
+    trained_on = "" if text.counts is None else f"{text.counts.num_tokens:,} to train on, "
+    report(f"tokens: vocabulary of {len(text.tokenizer):,}; {trained_on}{text.held_out.num_tokens:,} held out")
 
-    config = run.model
-    config.vocab_size = len(tokenizer)
+    config, tokenizer = run.model, text.tokenizer
+    config.vocab_size = run.tokenizer.num_embeddings(len(tokenizer))
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     use_cache = config.use_cache
     set_seed(run.training.seed)
     model = DDLForCausalLM(config)
-    print(f"model: {model.num_parameters():,} parameters")
+    report(f"model: {model.num_parameters():,} parameters")
 
-    run.training.include_num_input_tokens_seen = "all"  # for the tokens/s of the progress bar and the model card
+    run.training.include_num_input_tokens_seen = "all"  # for tokens/s, the model card, and the place in a stream
+    if run.data.streaming:
+        run.training.ignore_data_skip = True  # `StreamedText` itself begins where it must
+        run.training.dataloader_num_workers = min(1, run.training.dataloader_num_workers)
     with blaming("training"):
-        trainer = Trainer(
+        trainer = DDLTrainer(
             model=model,
             args=run.training,
-            train_dataset=train.blocks,
-            eval_dataset=held_out.blocks,
+            train_dataset=text.train,
+            eval_dataset=text.held_out.blocks,
             processing_class=tokenizer,
             preprocess_logits_for_metrics=token_losses,
             compute_metrics=mean_loss,
+            callbacks=[SampleCallback(), BatchSize(sequences_per_step(run.training))],
         )
         if trainer.hub_model_id is not None:
             HfApi().auth_check(trainer.hub_model_id, write=True)  # Trainer is content with one that can be read
+    progress = SpeedProgressCallback()
     if not run.training.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(SpeedProgressCallback)
+        trainer.add_callback(progress)
 
     folder = Path(run.training.output_dir)
-    (folder / RUN_FILE).write_text(yaml.safe_dump(run.settings, sort_keys=False))
-    if trainer.hub_model_id is not None:
-        config.save_pretrained(folder)  # with the code, which Trainer leaves out when it pushes a checkpoint
-    checkpoint = get_last_checkpoint(folder)
-    if checkpoint is not None:
-        print(f"continuing from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    results = evaluate(trainer, held_out)
+    with closing(progress):
+        if trainer.is_world_process_zero():
+            write_atomically(folder / RUN_FILE, yaml.safe_dump(run.settings, sort_keys=False))
+            if trainer.hub_model_id is not None:
+                config.save_pretrained(folder)  # with the code, which Trainer leaves out when it pushes a checkpoint
+        train_from_last_checkpoint(trainer)
+        results = evaluate(trainer, text.held_out)
 
-    config.use_cache = use_cache  # Trainer turned it off, and generating without is slow
-    trainer.args.push_to_hub = False  # or `save_model` would, before the rest is there and with a card of its own
-    trainer.save_model()
-    plot_loss(trainer.state.log_history, folder / "loss.png")
-    pretrained_card(run, corpus, train, trainer, results).save(folder / "README.md")
-    trainer.save_metrics("eval", results, combined=False)  # RESULTS_FILE: the run is finished
-    if trainer.hub_model_id is not None:
-        push(folder, trainer.hub_model_id, revision=run.training.hub_revision)
+        config.use_cache = use_cache  # Trainer turned it off, and generating without is slow
+        trainer.args.push_to_hub = False  # or `save_model` would, before the rest is there and with a card of its own
+        trainer.save_model()
+        if not trainer.is_world_process_zero():
+            return None
+        if text.counts is None:
+            text.counts = text.train.count_text(blocks_seen(trainer))
+            report(f"data: {run.data.name}: {text.counts.documents}")
+        write_atomically(folder / COUNTS_FILE, json.dumps(asdict(text.counts), indent=4))
+        plot_loss(trainer.state.log_history, folder / "loss.png")
+        pretrained_card(run, text.counts, trainer, results).save(folder / "README.md")
+        write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=4, sort_keys=True))  # the run is finished
+    return trainer.hub_model_id
+
+
+def sequences_per_step(args: TrainingArguments) -> int:
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+class BatchSize(TrainerCallback, ExportableState):
+    """Keeps in every checkpoint the number of sequences of an optimizer step, by all processes."""
+
+    def __init__(self, sequences_per_step: int):
+        self.sequences_per_step = sequences_per_step
+
+    def state(self) -> dict:
+        return {"args": {"sequences_per_step": self.sequences_per_step}, "attributes": {}}
+
+
+def blocks_seen(trainer: Trainer) -> int:
+    return trainer.state.num_input_tokens_seen // trainer.model.config.max_position_embeddings
+
+
+def train_from_last_checkpoint(trainer: DDLTrainer):
+    """Trains up to the last step, or loads the checkpoint of the last step if that is already there."""
+    is_main_process = trainer.is_world_process_zero()
+    checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir)) if is_main_process else None
+    (checkpoint,) = broadcast_object_list([checkpoint])
+    if checkpoint is None:
+        trainer.train()
+        return
+    if is_main_process:
+        print(f"continuing from {checkpoint}")
+    trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    batch_size = trainer.state.stateful_callbacks[BatchSize.__name__]["args"]["sequences_per_step"]
+    if sequences_per_step(trainer.args) != batch_size:
+        raise InputError(
+            f"training.per_device_train_batch_size: times gradient_accumulation_steps and the number of processes it is "
+            f"{sequences_per_step(trainer.args)}; allowed: {batch_size}, with which the run in {trainer.args.output_dir!r} was begun"
+        )
+    if isinstance(trainer.train_dataset, StreamedText):
+        trainer.train_dataset.first_block = blocks_seen(trainer)
+    if trainer.state.global_step < trainer.state.max_steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    else:  # Trainer might make one step more
+        trainer._load_from_checkpoint(str(checkpoint))
+
+
+@contextmanager
+def explaining_failures(folder: Path) -> Iterator[None]:
+    """Turns failures that a user can do something about into a `RunError` that says what is left in `folder`."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) if isinstance(error, RunError) else explain(error)
+        if reason is None:
+            raise
+        checkpoint = last_complete_checkpoint(folder)
+        left = "there is no complete checkpoint yet" if checkpoint is None else f"{checkpoint} is complete"
+        raise RunError(f"{reason}; {left}") from error
+
+
+def explain(error: BaseException | None) -> str | None:
+    """What went wrong, if it is the disk, the memory or a worker."""
+    if error is None:
+        return None
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+        return f"the disk is full: {text}"
+    if isinstance(error, RuntimeError) and "inline_container" in text:  # all that `torch.save` says
+        return f"a checkpoint could not be written, the disk may be full: {text}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: {text}"
+    if isinstance(error, RuntimeError) and ("DataLoader worker" in text or "subprocesses has abruptly died" in text):
+        return f"a process that reads data died: {text}"
+    return explain(error.__cause__ or error.__context__)
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -197,9 +416,40 @@ class SpeedProgressCallback(ProgressCallback):
         if "loss" not in logs:
             super().on_log(args, state, control, logs=logs, **kwargs)
         elif state.is_world_process_zero:
-            self.training_bar.set_postfix(
-                {"loss": f"{logs['loss']:.3f}", "tokens/s": f"{logs['train_tokens_per_second']:,.0f}"}
+            tokens_per_second = logs.get("tokens_per_second", logs["train_tokens_per_second"])
+            figures = {"loss": f"{logs['loss']:.3f}", "tokens/s": f"{tokens_per_second:,.0f}"}
+            if "mfu" in logs:
+                figures["MFU"] = f"{logs['mfu']:.1%}"
+            self.training_bar.set_postfix(figures)
+
+    def close(self):
+        """Ends the line of the bar of a training that failed."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+
+
+class SampleCallback(TrainerCallback):
+    """Writes a continuation of nothing at every checkpoint to `samples/step-....txt`, where the model is in one piece."""
+
+    def on_save(self, args, state, control, model=None, processing_class=None, **kwargs):
+        sharded = AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        if sharded or not state.is_world_process_zero:
+            return
+        devices = [args.device] if args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # training goes on as if there had been no sample
+            torch.manual_seed(args.seed)
+            model.eval()
+            tokens = model.generate(
+                torch.tensor([[processing_class.eos_token_id]], device=args.device),
+                do_sample=True,
+                max_length=min(128, model.config.max_position_embeddings),
+                pad_token_id=processing_class.eos_token_id,
+                use_cache=True,
             )
+        folder = Path(args.output_dir, "samples")
+        folder.mkdir(exist_ok=True)
+        text = processing_class.decode(tokens[0, 1:], skip_special_tokens=True)
+        (folder / f"step-{state.global_step:08d}.txt").write_text(text, encoding="utf-8")
 
 
 def plot_loss(log_history: list[dict[str, float]], path: Path):

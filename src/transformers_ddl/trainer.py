@@ -1,0 +1,117 @@
+# Copyright 2026 The transformers_ddl team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A Trainer for pretraining: decays matrices only, counts FLOPs exactly, and leaves nothing but complete checkpoints behind."""
+
+import math
+import time
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from .checkpoints import seal
+from .cli import RunError
+from .flops import linear_maps, training_flops_per_token
+
+
+# Dense 16-bit matrix products per second and device, from the vendors' data sheets; the first name that occurs in the
+# device's is taken.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "MI300X": 1307e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_flops() -> float | None:
+    """FLOP/s of the current device at its best; None where that is not known, as on a CPU."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((flops for device, flops in PEAK_FLOPS.items() if device in name), None)
+
+
+def decay_parameter_names(model: PreTrainedModel) -> list[str]:
+    """
+    Names of the parameters to which weight decay applies: the matrices of linear maps, those of the residual included.
+    Embeddings (the head is one, tied or not), norms, biases, read vectors, convolutions and the static weights of
+    hyper-connections are left alone (spec §4).
+    """
+    head = model.get_output_embeddings()
+    return [name for name, matrix, _ in linear_maps(model) if head is None or matrix is not head.weight]
+
+
+class DDLTrainer(Trainer):
+    """
+    [`~transformers.Trainer`] for [`DDLForCausalLM`] and `input_ids` of one length.
+
+    Raises:
+        `RunError`: by `train`, as soon as a loss or gradient norm to be logged is not finite; no checkpoint is saved after
+            the step at which it became so.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.args.logging_nan_inf_filter = False  # would log the mean of the finite losses
+        self.flops_per_token = cache(partial(training_flops_per_token, self.model.config))
+        self.last_log = None  # time in seconds, tokens seen, FLOPs
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return decay_parameter_names(model)
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        input_ids = inputs["input_ids"]
+        return input_ids.numel() * self.flops_per_token(input_ids.shape[1])
+
+    def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]):
+        # Batches are of one size on all processes; gathering the sizes would wait for the device in every step
+        self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        """Adds, since the last log: tokens per second, and their share of what the devices could do (MFU)."""
+        if "loss" in logs:
+            for name in ("loss", "grad_norm"):
+                if not math.isfinite(logs.get(name, 0)):
+                    raise RunError(f"{name} is {logs[name]} at step {self.state.global_step:,}")
+            now, tokens, flops = time.monotonic(), self.state.num_input_tokens_seen, self.state.total_flos
+            if self.last_log is not None:
+                last_time, last_tokens, last_flops = self.last_log
+                logs["tokens_per_second"] = (tokens - last_tokens) / (now - last_time)
+                if peak := peak_flops():
+                    logs["mfu"] = (flops - last_flops) / (now - last_time) / (peak * self.args.world_size)
+            logs["total_flos"] = flops
+            self.last_log = now, tokens, flops
+        super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        # Or the first loss that a continued run logs would be a mean over other steps than in an uninterrupted one
+        self.control.should_log |= self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial):
+        # Earlier checkpoints may only go when this one is known to be complete
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = self._get_output_dir(trial=trial)
+            seal(Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)

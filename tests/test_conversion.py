@@ -1,0 +1,626 @@
+# Copyright 2026 The transformers_ddl team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Checkpoints of other models: the same logits and gradients, and clear refusals of what cannot be converted."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+
+import official
+import pytest
+import torch
+from conftest import TINY, all_gradients, random_tokens, randomise, relative_error, tiny_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Trainer,
+    TrainingArguments,
+)
+
+from transformers_ddl import DDLForCausalLM, cli, conversion
+from transformers_ddl.conversion import AnchorAnnealingCallback, convert_llama, convert_official_checkpoint
+
+
+# Checkpoints of the authors' research code
+
+OPTIONS = {
+    "scalar-linear-value": ("scalar", {"ddl_v_sigmoid": False}),
+    "scalar-constant-value": ("scalar", {"ddl_v_dim1_constant": True, "ddl_v_dim1_constant_value": 1.5}),
+    "cc-linear-value": ("cc", {"ddl_v_sigmoid": False, "ddl_v_sigmoid_scale": 3.0}),
+    "cc-constant-value": ("cc", {"ddl_v_constant": True}),
+    "cc-value-scale": ("cc-ec", {"ddl_v_sigmoid_scale": 3.0}),
+    "cc-two-layer-gate": ("cc-ec", {"ddl_beta_single_linear": False, "ddl_beta_hidden_size": 5}),
+    "cc-kernel-3": ("cc", {"ddl_state_shortconv_kernel_size": 3}),
+    "tc-two-channels": ("tc-ec", {"ddl_value_channels": 2}),
+    "key-eps": ("tc", {"ddl_k_eps": 0.5}),
+    "partial-rotary": ("cc", {"rope_ratio": 0.75}),
+    "partial-rotary-additive": ("additive", {"rope_ratio": 0.4}),
+    "rope-base": ("scalar", {"rope_base": 500.0}),
+    "scaled-logits": ("cc", {"mup": True, "hidden_size_base": 12}),
+}
+CASES = {**{variant: (variant, {}) for variant in official.VARIANTS}, **OPTIONS}
+cases = pytest.mark.parametrize("case", CASES)
+layouts = pytest.mark.parametrize("layout", ["first", "later"])
+
+
+def official_checkpoint(case="cc-ec", layout="first", dtype=torch.float32):
+    variant, options = CASES[case]
+    config = {**official.SIZES, **official.VARIANTS[variant], **options}
+    return official.random_parameters(variant, config, layout, dtype), config
+
+
+def load(config, state_dict):
+    model, info = DDLForCausalLM.from_pretrained(
+        None, config=config, state_dict=state_dict, output_loading_info=True, attn_implementation="sdpa"
+    )
+    assert not any(info.values())
+    return model
+
+
+@cases
+@layouts
+def test_official_logits_and_gradients_in_fp64(case, layout):
+    """Rounding is 1e-16 an operation: 1e-9 leaves no room for a different formula."""
+    parameters, config = official_checkpoint(case, layout, torch.float64)
+    model, tokens = load(*convert_official_checkpoint(parameters, config)), random_tokens(2, 7)
+    logits = model(tokens).logits
+    expected = official.logits(CASES[case][0], config, {n: p.requires_grad_() for n, p in parameters.items()}, tokens)
+    assert logits.dtype == torch.float64
+    assert relative_error(logits, expected) < 1e-9
+
+    cotangent = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gradients = all_gradients((logits * cotangent).sum(), model)
+    del parameters["lm_head.weight"]  # the embeddings
+    names, leaves = zip(*parameters.items())
+    expected_gradients = dict(zip(names, torch.autograd.grad((expected * cotangent).sum(), leaves)))
+    # The conversion of parameters, which is linear, is that of gradients too
+    _, expected_gradients = convert_official_checkpoint(expected_gradients, config)
+    for name, expected_gradient in expected_gradients.items():
+        if not name.endswith("beta_hidden_proj.bias"):  # of which they have none
+            assert relative_error(gradients[name], expected_gradient) < 1e-9, name
+
+
+@cases
+@layouts
+def test_official_logits_in_fp32(case, layout):
+    """Of order 1 here; the bound is for logits of order 10."""
+    parameters, config = official_checkpoint(case, layout)
+    model, tokens = load(*convert_official_checkpoint(parameters, config)), random_tokens(2, 64)
+    with torch.no_grad():
+        expected = official.logits(CASES[case][0], config, parameters, tokens)
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_official_fields_without_effect_on_logits():
+    parameters, config = official_checkpoint("cc-ec", dtype=torch.bfloat16)
+    options = {"block_size": 99, "ddl_beta_init": 0.5, "ddl_state_dv_shortconv_causal": True, "architectures": ["GPT"]}
+    ddl_config, state_dict = convert_official_checkpoint(parameters, {**config, **options})
+    assert (ddl_config.max_position_embeddings, ddl_config.gate_init, ddl_config.dtype) == (99, 0.5, torch.bfloat16)
+    assert {tensor.dtype for tensor in state_dict.values()} == {torch.bfloat16}
+    ddl_config, _ = convert_official_checkpoint(parameters, {**config, "ddl_beta_init": 0.0})
+    assert 0 < ddl_config.gate_init < 1e-5
+
+
+def test_official_sizes_follow_from_the_parameters():
+    parameters, config = official_checkpoint("tc-ec")
+    expected, _ = convert_official_checkpoint(parameters, config)
+    ddl_config, _ = convert_official_checkpoint(parameters, {"block_size": config["block_size"]})
+    assert ddl_config.to_dict() == expected.to_dict()
+
+
+def test_official_untied_head():
+    parameters, config = official_checkpoint("scalar")
+    parameters["lm_head.weight"] = 2 * parameters["lm_head.weight"]
+    model, tokens = load(*convert_official_checkpoint(parameters, config)), random_tokens(2, 7)
+    assert not model.config.tie_word_embeddings
+    with torch.no_grad():
+        expected = official.logits("scalar", config, parameters, tokens)
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_official_names_with_prefixes(prefix):
+    parameters, config = official_checkpoint()
+    _, expected = convert_official_checkpoint(parameters, config)
+    _, state_dict = convert_official_checkpoint({f"{prefix}{n}": p for n, p in parameters.items()}, config)
+    assert state_dict.keys() == expected.keys()
+    assert all(torch.equal(state_dict[name], expected[name]) for name in expected)
+
+
+REFUSED_OPTIONS = [
+    *[("cc", "first", {name: True}, name) for name in ("using_groupnorm", "use_output_gate", "use_k_shift")],
+    ("scalar", "later", {"v_activation": "relu"}, "v_activation='relu'"),
+    ("scalar", "later", {"residual_branch_mult": 0.5}, "residual_branch_mult=0.5"),
+    ("scalar", "later", {"parameterization": "completeP", "num_hidden_layers_base": 4}, "num_hidden_layers_base=4"),
+    ("cc", "later", {"ddl_state_dv_shortconv_causal": True}, "ddl_state_dv_shortconv_causal=True"),
+    ("cc", "first", {"ddl_v_constant": True, "ddl_v_constant_value": -1.0}, "value_scale"),
+    ("additive", "first", {"rms_norm_eps": 1e-6}, "rms_norm_eps=1e-06"),
+    ("scalar", "first", {"rope_ratio": 0.0}, "partial_rotary_factor"),
+    ("scalar", "first", {"num_attention_heads": 9}, "num_attention_heads is 9"),
+    ("cc", "first", {"ddl_value_channels": 2}, "ddl_value_channels is 2"),
+    ("cc", "first", {"hidden_size": 21}, "hidden_size is 21"),
+]
+
+
+@pytest.mark.parametrize("case, layout, options, message", REFUSED_OPTIONS, ids=lambda value: str(value)[:40])
+def test_official_options_that_cannot_be_converted(case, layout, options, message):
+    parameters, config = official_checkpoint(case, layout)
+    with pytest.raises(ValueError, match=message):
+        convert_official_checkpoint(parameters, {**config, **options})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer.wte.weight",
+        "transformer.h.0.attn.c_q.weight",
+        "transformer.h.1.mlp.c_proj.weight",
+        "transformer.h.1.attn.q_rms.weight",
+        "transformer.h.1.ddl_mlp.v_proj.bias",
+        "transformer.h.0.compress.weight",
+        "transformer.h.1.compress.read",
+        "readout.read",
+        "ln_f.weight",
+    ],
+)
+def test_official_missing_parameters(name):
+    parameters, config = official_checkpoint()
+    del parameters[name]
+    with pytest.raises(ValueError, match=f"missing parameter {name}"):
+        convert_official_checkpoint(parameters, config)
+
+
+@pytest.mark.parametrize(
+    "case, name",
+    [
+        ("cc", "transformer.h.0.attn.subln.weight"),
+        ("cc", "transformer.h.0.attn.c_q.bias"),
+        ("cc", "transformer.wpe.weight"),
+        ("cc", "transformer.h.0.attn.o_proj.weight"),
+        ("scalar", "transformer.h.1.compress.weight"),
+        ("additive", "transformer.h.1.ddl_mlp.beta.weight"),
+    ],
+)
+def test_official_unexpected_parameters(case, name):
+    parameters, config = official_checkpoint(case)
+    with pytest.raises(ValueError, match=f"unexpected parameter {name}"):
+        convert_official_checkpoint({**parameters, name: torch.zeros(20, 20)}, config)
+
+
+@pytest.mark.parametrize(
+    "case, name, shape",
+    [
+        ("cc", "transformer.h.0.attn.c_k.weight", (20, 18)),
+        ("cc", "transformer.h.1.ln_1.weight", (21,)),
+        ("tc", "transformer.h.1.compress.shortconv.weight", (3, 80)),
+        ("cc-ec", "input_embed.conv.weight", (80, 3, 1)),
+    ],
+)
+def test_official_wrong_shapes(case, name, shape):
+    parameters, config = official_checkpoint(case)
+    with pytest.raises(ValueError, match=rf"{name} has the shape \({shape[0]},.* expected"):
+        convert_official_checkpoint({**parameters, name: torch.zeros(shape)}, config)
+
+
+# Llamas
+
+LLAMA_CONFIGS = {
+    "llama": (LlamaConfig, {}),
+    "llama-biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "llama-tied": (LlamaConfig, {"tie_word_embeddings": True}),
+    "llama-3-rope": (
+        LlamaConfig,
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "mistral": (MistralConfig, {"sliding_window": None, "pad_token_id": 0}),
+    "qwen3": (Qwen3Config, {"rms_norm_eps": 1e-3}),
+}
+LLAMA_OPTIONS = {
+    "scalar": {},
+    "scalar-context-bias": {"value_input": "context", "value_bias": True, "gate_init": 1.0},
+    "cc": {"num_value_channels": 3},
+    "cc-repeat-kernel-2": {"num_value_channels": 3, "embedding_conv": False, "compressor_kernel_size": 2},
+    "tc-separate": {
+        "num_value_channels": 3,
+        "compressor": "token",
+        "share_compressor": False,
+        "gate_hidden_size": 5,
+    },
+}
+llamas = pytest.mark.parametrize("llama", LLAMA_CONFIGS)
+llama_options = pytest.mark.parametrize("options", LLAMA_OPTIONS)
+
+
+def make_llama(name="llama", dtype=torch.float32, **overrides):
+    config_class, options = LLAMA_CONFIGS[name]
+    config = config_class(**{**TINY, "hidden_size": 24, **options, **overrides})
+    # Not cast by `to`, which would round the frequencies of the rotary embedding too
+    return randomise(AutoModelForCausalLM.from_config(config, dtype=dtype)).eval()
+
+
+@llamas
+@llama_options
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_converted_llama_is_the_same_function(llama, options, dtype):
+    """To the last bit: b k̃ is added as the Llama adds it, and all else that is added is 0."""
+    donor, tokens = make_llama(llama, dtype), random_tokens(2, 33)
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    model = convert_llama(donor, **LLAMA_OPTIONS[options])
+    assert type(model) is DDLForCausalLM and model.dtype == dtype and not model.training
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, donor(tokens).logits)
+        difference = model(tokens, attention_mask=mask).logits - donor(tokens, attention_mask=mask).logits
+        assert not difference[mask.bool()].any()
+
+
+@llama_options
+def test_converted_llama_generates_and_is_saved(options, tmp_path):
+    donor, tokens = make_llama(), random_tokens(2, 5)
+    model = convert_llama(donor, **LLAMA_OPTIONS[options])
+    model.save_pretrained(tmp_path)
+    for converted in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        arguments = {"max_new_tokens": 12, "do_sample": False, "num_beams": 2}
+        assert torch.equal(converted.generate(tokens, **arguments), donor.generate(tokens, **arguments))
+
+
+def test_conversion_copies_the_llama():
+    donor = make_llama()
+    donor.generation_config.temperature = 0.3
+    before = {name: parameter.clone() for name, parameter in donor.named_parameters()}
+    model = convert_llama(donor, num_value_channels=3)
+    assert model.generation_config.temperature == 0.3
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in donor.named_parameters())
+
+
+@llama_options
+def test_all_that_is_new_can_be_trained(options):
+    """
+    At the start every anchor and read vector and the value map of the first channel have gradients; those of the gate are
+    0, as its factor in the rewrite is, and so are those of the channels that no one reads. After one step all have some.
+    """
+    tokens = random_tokens(4, 9)
+    model = convert_llama(make_llama(dtype=torch.float64), **LLAMA_OPTIONS[options])
+    n = model.config.num_value_channels
+
+    def gradients():
+        return all_gradients(model(tokens, labels=tokens).loss, model)
+
+    first = gradients()
+    for name, gradient in first.items():
+        if "beta" in name:
+            assert not gradient.any(), name
+        elif "anchor" in name or "value_proj" in name:
+            assert gradient[0].any() and not gradient[1:].any(), name
+        elif name.endswith("read"):
+            assert gradient.ne(0).all(), name
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter -= 0.1 * first[name]
+    for name, gradient in gradients().items():
+        if "beta" in name:
+            assert gradient.any(), name
+        elif "anchor" in name or "value_proj" in name:
+            assert gradient.reshape(n, -1).ne(0).any(-1).all(), name
+
+
+def test_annealing_of_anchors(tmp_path):
+    """The rewrite is the pure delta rule after the given steps, also if the training was interrupted."""
+    tokens = random_tokens(32, 8)
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=4,
+        per_device_train_batch_size=2,
+        save_steps=2,
+        learning_rate=0.0,
+        report_to="none",
+        use_cpu=True,
+    )
+    anchors = {}
+
+    class Recorder(AnchorAnnealingCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            super().on_step_end(args, state, control, model=model, **kwargs)
+            anchors.setdefault(state.global_step, []).append(model.model.layers[1].mlp_residual.anchor().clone())
+
+    for checkpoint in (None, tmp_path / "checkpoint-2"):
+        model = convert_llama(make_llama(), num_value_channels=2)
+        dataset = [{"input_ids": row, "labels": row} for row in tokens]
+        trainer = Trainer(model, arguments, train_dataset=dataset, callbacks=[Recorder(steps=3)])
+        trainer.train(resume_from_checkpoint=checkpoint)
+    for step, share in {1: 2 / 3, 2: 1 / 3, 3: 0.0, 4: 0.0}.items():
+        for anchor in anchors[step]:
+            torch.testing.assert_close(anchor, share * torch.tensor([[1.0, 1.0], [1.0, 0.0]]))
+    assert [len(anchors[step]) for step in (1, 2, 3, 4)] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("variant", ["scalar", "cc", "tc"])
+def test_anchored_model_with_caches_checkpointing_and_kernels(variant, monkeypatch):
+    model, tokens = tiny_model(variant, value_anchor=0.5), random_tokens(2, 9)
+    loss = model(tokens, labels=tokens, use_cache=False).loss
+    logits, expected = model(tokens).logits, all_gradients(loss, model)
+    prefix = model(tokens[:, :5], use_cache=True)
+    rest = model(tokens[:, 5:], past_key_values=prefix.past_key_values).logits
+    torch.testing.assert_close(torch.cat((prefix.logits, rest), 1), logits, rtol=1e-5, atol=1e-5)
+
+    monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "1")
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    actual = all_gradients(model(tokens, labels=tokens, use_cache=False).loss, model)
+    for name in expected:
+        assert expected[name].any(), name
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-7)
+
+
+REFUSED_LLAMAS = [
+    (
+        LlamaConfig,
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        {},
+        "quantization_config",
+    ),
+    (LlamaConfig, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, {}, "partial_rotary_factor"),
+    (MistralConfig, {"sliding_window": 16}, {}, "sliding_window=16"),
+    (Qwen3Config, {"use_sliding_window": True, "sliding_window": 16}, {}, "sliding_window=16"),
+    (GemmaConfig, {}, {}, "model_type='gemma'"),
+    (LlamaConfig, {}, {"value_activation": "sigmoid"}, "value_activation cannot be chosen"),
+    (LlamaConfig, {}, {"qk_norm": "pre_rope"}, "qk_norm cannot be chosen"),
+    (LlamaConfig, {}, {"compressor": "token"}, "compressor must be None"),
+    (LlamaConfig, {}, {"gate_init": 2.0}, "gate_init must lie"),
+]
+
+
+@pytest.mark.parametrize(
+    "config_class, options, ddl_options, message", REFUSED_LLAMAS, ids=lambda value: str(value)[:40]
+)
+def test_llamas_that_cannot_be_converted(config_class, options, ddl_options, message, tmp_path, capsys):
+    config_class(**{**TINY, **options}).save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match=message):
+        convert_llama(tmp_path / "llama", **ddl_options)
+    flags = [f"--{name}={value}" for name, value in ddl_options.items() if name in conversion.LLAMA_OPTIONS]
+    if len(flags) == len(ddl_options):
+        assert convert("llama", tmp_path / "llama", tmp_path / "ours", *flags) == 2
+        assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+
+
+@pytest.mark.parametrize("problem", ["missing", "unexpected", "mismatched"])
+def test_damaged_llamas(problem, tmp_path, capsys):
+    make_llama().save_pretrained(tmp_path / "llama")
+    file, name = tmp_path / "llama" / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(file)
+    if problem == "missing":
+        del tensors[name]
+    elif problem == "mismatched":
+        tensors[name] = tensors[name].T.contiguous()
+    else:
+        name = "model.layers.1.mlp.other_proj.weight"
+        tensors[name] = torch.zeros(3)
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert convert("llama", tmp_path / "llama", tmp_path / "ours") == 2
+    assert f"{problem} parameters: {name}" in capsys.readouterr().err.replace("('", "")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_llama_files(with_tokenizer, tmp_path):
+    donor, tokens = make_llama("qwen3", torch.bfloat16), random_tokens(2, 7)
+    donor.save_pretrained(tmp_path / "theirs", max_shard_size="10KB")
+    if with_tokenizer:
+        tokenizer = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "theirs")
+    assert (
+        convert("llama", tmp_path / "theirs", tmp_path / "ours", "--num_value_channels", 3, "--compressor=token") == 0
+    )
+    assert (tmp_path / "ours" / "tokenizer.json").is_file() == with_tokenizer
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert (model.config.num_value_channels, model.config.compressor, model.dtype) == (3, "token", torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, donor(tokens).logits)
+
+
+# Files
+
+
+def write_checkpoint(folder, kind, parameters, config):
+    """Writes a checkpoint the way this kind of file is made; returns what to give to the command."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    if kind == "safetensors":
+        tensors = {name: tensor for name, tensor in parameters.items() if name != "lm_head.weight"}
+        save_file(tensors, folder / "model.safetensors")
+    elif kind == "bin":
+        torch.save(parameters, folder / "pytorch_model.bin")
+    elif kind == "file":
+        torch.save(parameters, folder / "weights.pt")
+        return folder / "weights.pt"
+    elif kind == "training":
+        (folder / "config.json").unlink()
+        content = {"model": parameters, "optimizer": {"state": {}}, "config": config, "iter_num": 7}
+        torch.save(content, folder / "ckpt.pt")
+    else:
+        names = [name for name in parameters if name != "lm_head.weight"]
+        files = {name: f"model-0000{1 + index % 3}-of-00003.safetensors" for index, name in enumerate(names)}
+        for file in set(files.values()):
+            save_file({name: parameters[name] for name in names if files[name] == file}, folder / file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return folder
+
+
+def convert(*arguments):
+    return cli.main(["convert", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "file", "training", "sharded"])
+@layouts
+def test_official_files(kind, layout, tmp_path):
+    parameters, config = official_checkpoint("tc-ec", layout)
+    path, tokens = write_checkpoint(tmp_path / "theirs", kind, parameters, config), random_tokens(2, 7)
+    assert convert("official", path, tmp_path / "ours") == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    with torch.no_grad():
+        expected = official.logits("tc-ec", config, parameters, tokens)
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sharded_output(tmp_path):
+    path = write_checkpoint(tmp_path / "theirs", "safetensors", *official_checkpoint())
+    assert convert("official", path, tmp_path / "ours", "--max-shard-size", "20KB") == 0
+    assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 1
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values())
+
+
+class Trap:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return (open, (str(self.file), "w"))
+
+
+def test_nothing_in_a_file_is_executed(tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "theirs", "bin", *official_checkpoint())
+    torch.save({"trap": Trap(tmp_path / "executed")}, path / "pytorch_model.bin")
+    assert convert("official", path, tmp_path / "ours") == 2
+    assert "pytorch_model.bin" in capsys.readouterr().err
+    assert {file.name for file in tmp_path.iterdir()} == {"theirs"}
+
+
+def spoil(folder, how):
+    file = folder / "model.safetensors"
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif how == "missing shard":
+        (folder / "model-00002-of-00003.safetensors").unlink()
+    elif how == "no weights":
+        file.unlink()
+    elif how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "config is a list":
+        (folder / "config.json").write_text("[]")
+    elif how == "config is cut":
+        (folder / "config.json").write_text('{"vocab_size": ')
+    elif how == "missing":
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("truncated", "model.safetensors is damaged"),
+        ("missing shard", "no file .*model-00002-of-00003.safetensors"),
+        ("no weights", "holds no checkpoint"),
+        ("no config", "no config.json beside model.safetensors"),
+        ("config is a list", "config.json holds no JSON object"),
+        ("config is cut", "config.json is not JSON"),
+        ("missing", "there is no file .*theirs"),
+    ],
+)
+def test_files_that_cannot_be_read(how, message, tmp_path, capsys):
+    kind = "sharded" if how == "missing shard" else "safetensors"
+    path = write_checkpoint(tmp_path / "theirs", kind, *official_checkpoint())
+    spoil(path, how)
+    assert convert("official", path, tmp_path / "ours") == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("error: ") and re.search(message, line)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_output_folder_is_never_overwritten(tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "theirs", "safetensors", *official_checkpoint())
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "notes.txt").write_text("mine")
+    assert convert("official", path, tmp_path / "ours") == 2
+    assert "ours exists" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "ours").iterdir()] == ["notes.txt"]
+
+    (tmp_path / "ours" / "notes.txt").unlink()
+    assert convert("official", path, tmp_path / "ours") == 0
+
+
+def test_output_folder_appears_only_when_it_is_whole(tmp_path):
+    path = write_checkpoint(tmp_path / "theirs", "safetensors", *official_checkpoint())
+
+    class FullDisk:
+        def save_pretrained(self, folder):
+            assert (folder / "model.safetensors").is_file()
+            raise OSError("no space left on device")
+
+    model = DDLForCausalLM(convert_official_checkpoint(*official_checkpoint())[0])
+    with pytest.raises(OSError, match="no space left"):
+        conversion.save_converted(tmp_path / "ours", model, FullDisk())
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the memory of a process from /proc")
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "llama"])
+def test_memory_of_a_conversion(kind, tmp_path):
+    """Parameters go from file to file: the process itself never holds half of them."""
+    path, vocab_size = tmp_path / "theirs", 1_600_000
+    if kind == "llama":
+        make_llama(vocab_size=vocab_size, hidden_size=20, tie_word_embeddings=True).save_pretrained(path)
+    else:
+        parameters, config = official_checkpoint("cc")
+        parameters["transformer.wte.weight"] = parameters["lm_head.weight"] = torch.randn(vocab_size, 20)
+        write_checkpoint(path, kind, parameters, {**config, "vocab_size": vocab_size})
+    program = """
+        import pathlib, sys, threading, time
+        from transformers_ddl import cli
+        def anonymous_memory():
+            status = pathlib.Path("/proc/self/status").read_text()
+            return int(status.split("RssAnon:")[1].split()[0]) * 1024
+        before, samples = anonymous_memory(), []
+        def watch():
+            while True:
+                samples.append(anonymous_memory())
+                time.sleep(1e-3)
+        threading.Thread(target=watch, daemon=True).start()
+        assert cli.main(["convert", *sys.argv[1:]]) == 0
+        print(max(samples) - before)
+    """
+    result = subprocess.run(
+        [
+            *(sys.executable, "-c", textwrap.dedent(program)),
+            *("llama" if kind == "llama" else "official", str(path), str(tmp_path / "ours")),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(result.stdout.splitlines()[-1]) < vocab_size * 20 * 4 / 2

@@ -1,0 +1,348 @@
+# Copyright 2026 The transformers_ddl team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A run that is killed, whose checkpoints are damaged, or that fails: what is left, and that it ends where it would have."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from transformers_ddl import training
+from transformers_ddl.checkpoints import MANIFEST_FILE, find_damage, last_complete_checkpoint, seal
+from transformers_ddl.cli import main
+from transformers_ddl.trainer import DDLTrainer
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SETTINGS = {
+    "data": {"source": "corpus.txt", "held_out": 0.1},
+    "tokenizer": {"vocab_size": 300},
+    "model": {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+    },
+    "training": {
+        "output_dir": "out",
+        "max_steps": 24,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 3,  # not a divisor of save_steps
+        "save_steps": 4,
+        "save_total_limit": 2,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    },
+}
+
+
+def write_inputs(folder: Path):
+    (folder / "corpus.txt").write_text("\n".join(f"{i} green bottles, hanging on the wall." for i in range(60)))
+    (folder / "config.yaml").write_text(yaml.safe_dump(SETTINGS))
+
+
+def pretrain(*overrides):
+    return main(["pretrain", "config.yaml", *overrides])
+
+
+def curve(folder: Path):
+    """Step, loss, gradient norm and learning rate of every log."""
+    state = json.loads((folder / "checkpoint-24" / "trainer_state.json").read_text())
+    return [
+        tuple(entry[name] for name in ("step", "loss", "grad_norm", "learning_rate"))
+        for entry in state["log_history"]
+        if "loss" in entry
+    ]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The output folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    write_inputs(folder)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        assert pretrain() == 0
+    assert [step for step, *_ in curve(folder / "out")] == [3, 4, 6, 8, 9, 12, 15, 16, 18, 20, 21, 24]
+    return folder / "out"
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def assert_same_run(folder: Path, uninterrupted: Path):
+    assert curve(folder) == curve(uninterrupted)
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes()
+    losses = [json.loads((each / "eval_results.json").read_text())["eval_loss"] for each in (folder, uninterrupted)]
+    assert losses[0] == losses[1]
+
+
+# ---- kill -9 ----
+
+
+def run_until(exists: Path, cwd: Path, *overrides: str):
+    """Starts the command in a process, and kills it as soon as a file is there."""
+    process = subprocess.Popen(
+        [sys.executable, REPOSITORY / "scripts" / "pretrain.py", "config.yaml", *overrides],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        while not exists.exists():
+            assert process.poll() is None, process.stdout.read().decode()
+            time.sleep(1e-4)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+def test_killed_again_and_again(workplace, uninterrupted, capsys):
+    """While a checkpoint is written, between two, and after training: the loss curve stays the same to the last bit."""
+    out = workplace / "out"
+    run_until(out / "checkpoint-8" / "model.safetensors", workplace)
+    assert last_complete_checkpoint(out) == out / "checkpoint-4"
+    assert find_damage(out / "checkpoint-8") == "saving it was interrupted"
+    run_until(out / "checkpoint-16" / MANIFEST_FILE, workplace)
+    assert last_complete_checkpoint(out) == out / "checkpoint-16"
+    run_until(out / "model.safetensors", workplace)
+    assert last_complete_checkpoint(out) == out / "checkpoint-24"
+    assert not (out / "eval_results.json").exists()
+    assert pretrain() == 0
+    assert "continuing from out/checkpoint-24" in capsys.readouterr().out
+    assert_same_run(out, uninterrupted)
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-20", "checkpoint-24"}
+
+
+STREAMING = ("--data.streaming", "true", "--data.window", "25", "--data.packing", "documents")
+
+
+def test_killed_while_streaming(workplace):
+    """Continued by another number of processes that read data."""
+    assert pretrain(*STREAMING, "--training.output_dir", "uninterrupted") == 0
+    out = workplace / "out"
+    run_until(out / "checkpoint-16" / "optimizer.pt", workplace, *STREAMING, "--training.dataloader_num_workers", "2")
+    assert last_complete_checkpoint(out) == out / "checkpoint-12"
+    assert pretrain(*STREAMING) == 0
+    assert_same_run(out, workplace / "uninterrupted")
+
+    counts, expected = (
+        json.loads((each / "text_counts.json").read_text()) for each in (out, workplace / "uninterrupted")
+    )
+    assert counts == expected
+    windows = [json.loads(line) for line in (out / "stream.jsonl").read_text().splitlines()]
+    num_windows = sum(window["blocks"] < 24 * 4 for window in windows)
+    assert num_windows > 5
+    assert counts["documents"]["train"] + counts["documents"]["held_out"] == 25 * num_windows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_two_processes_continued_by_one(workplace, streaming):
+    """The same sequences in every step: the losses differ by the order of sums alone."""
+    source = ("--data.streaming", streaming, "--data.window", "25")
+    assert pretrain(*source, "--training.output_dir", "one") == 0
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        REPOSITORY / "scripts" / "pretrain.py",
+    ]
+    accumulation = ("--training.gradient_accumulation_steps", "1")
+    process = subprocess.run([*launch, "config.yaml", *source, *accumulation], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    two = curve(workplace / "out")
+    shutil.rmtree(workplace / "out" / "checkpoint-24")
+    (workplace / "out" / "eval_results.json").unlink()
+    assert pretrain(*source) == 0
+    for losses in (two, curve(workplace / "out")):
+        for (step, loss, *_), (expected_step, expected, *_) in zip(losses, curve(workplace / "one"), strict=True):
+            assert (step, loss) == (expected_step, pytest.approx(expected, rel=1e-4))
+
+
+# ---- Damaged checkpoints ----
+
+
+def with_callback(callback):
+    """A constructor of trainers that have one more callback."""
+
+    def construct(**kwargs):
+        trainer = DDLTrainer(**kwargs)
+        trainer.add_callback(callback)
+        return trainer
+
+    return construct
+
+
+class Interruption(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 14:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def interrupted(workplace, monkeypatch):
+    """A workplace whose run was stopped at step 14, with the checkpoints of steps 8 and 12."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "DDLTrainer", with_callback(Interruption))
+        pretrain()
+    return workplace
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name, damage, message",
+    [
+        ("optimizer.pt", truncate, "optimizer.pt has "),
+        ("model.safetensors", flip_a_bit, "the content of model.safetensors has changed"),
+        ("trainer_state.json", Path.unlink, "trainer_state.json is missing"),
+        (MANIFEST_FILE, Path.unlink, "saving it was interrupted"),
+        (MANIFEST_FILE, truncate, f"{MANIFEST_FILE} cannot be read"),
+    ],
+)
+def test_damaged_checkpoint(interrupted, uninterrupted, capsys, caplog, name, damage, message):
+    damage(interrupted / "out" / "checkpoint-12" / name)
+    logging.enable_propagation()
+    assert pretrain() == 0
+    logging.disable_propagation()
+    (warning,) = [text for text in caplog.messages if "cannot be used" in text]
+    assert warning.startswith(f"out/checkpoint-12 cannot be used: {message}")
+    assert "continuing from out/checkpoint-8\n" in capsys.readouterr().out
+    assert_same_run(interrupted / "out", uninterrupted)
+
+
+def test_nothing_but_damaged_checkpoints(interrupted, uninterrupted):
+    for step in (8, 12):
+        truncate(interrupted / "out" / f"checkpoint-{step}" / "model.safetensors")
+    assert pretrain() == 0
+    assert_same_run(interrupted / "out", uninterrupted)
+
+
+def test_killed_before_the_first_file_was_whole(workplace, uninterrupted):
+    (workplace / "out").mkdir()
+    (workplace / "out" / ".run.yaml.tmp").write_text("data: {sou")
+    assert pretrain() == 0
+    assert_same_run(workplace / "out", uninterrupted)
+
+
+def test_manifest_covers_folders(tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0.distcp").write_text("weights")
+    seal(tmp_path)
+    assert find_damage(tmp_path) is None
+    (tmp_path / "shards" / "0.distcp").write_text("weighty")
+    assert find_damage(tmp_path) == "the content of shards/0.distcp has changed"
+
+
+def test_another_split_of_the_batch(interrupted, uninterrupted):
+    """4 sequences a step, as before. Sums in another order round differently."""
+    accumulation = "--training.gradient_accumulation_steps"
+    assert pretrain("--training.per_device_train_batch_size", "1", accumulation, "4") == 0
+    for (step, loss, *_), (expected_step, expected, *_) in zip(curve(interrupted / "out"), curve(uninterrupted)):
+        assert (step, loss) == (expected_step, pytest.approx(expected, rel=1e-4))
+
+
+def test_another_batch(interrupted, capsys):
+    assert pretrain("--training.gradient_accumulation_steps", "3") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "it is 6; allowed: 4, with which the run in 'out' was begun" in error
+
+
+# ---- Failures ----
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json"])
+def test_full_disk(interrupted, uninterrupted, capsys, name):
+    full = interrupted / "out" / "checkpoint-16" / name
+    full.parent.mkdir()
+    full.symlink_to("/dev/full")
+    assert pretrain() == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "full" in error
+    assert error.endswith("out/checkpoint-12 is complete")
+
+    full.unlink()
+    assert pretrain() == 0
+    assert_same_run(interrupted / "out", uninterrupted)
+
+
+class Poison(TrainerCallback):
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        if state.global_step == 14:
+            with torch.no_grad():
+                model.lm_head.weight.fill_(float("nan"))
+
+
+def test_loss_that_is_not_finite(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(training, "DDLTrainer", with_callback(Poison))
+    assert pretrain() == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "error: loss is nan at step 15; out/checkpoint-12 is complete"
+    assert find_damage(workplace / "out" / "checkpoint-12") is None
+
+
+class CrashingData(torch.utils.data.Dataset):
+    def __init__(self, blocks):
+        self.blocks = blocks
+
+    def __len__(self):
+        return len(self.blocks)
+
+    def __getitem__(self, index):
+        if index == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.blocks[index]
+
+
+def test_worker_crash(workplace, monkeypatch, capsys, uninterrupted):
+    def crashing(train_dataset, **kwargs):
+        return DDLTrainer(train_dataset=CrashingData(train_dataset), **kwargs)
+
+    workers = ("--training.dataloader_num_workers", "1", "--training.dataloader_prefetch_factor", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "DDLTrainer", crashing)
+        assert pretrain(*workers) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: a process that reads data died: DataLoader worker")
+    assert pretrain(*workers) == 0
+    assert_same_run(workplace / "out", uninterrupted)

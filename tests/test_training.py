@@ -295,7 +295,7 @@ def test_runs_are_reproducible(workplace):
         (["--model.gate_init", "3"], "model: gate_init must lie strictly between 0 and 2, got 3"),
         (
             ["--model.vocab_size", "9"],
-            "model.vocab_size: cannot be set, the tokenizer (section tokenizer) decides it",
+            "model.vocab_size: cannot be set, the tokenizer decides it",
         ),
         (["--tokenizer.vocab_size", "100"], "tokenizer: vocab_size must be at least 258, got 100"),
         (["--tokenizer.vocab_size", "1e3"], "tokenizer.vocab_size: 1000.0 has the wrong type; allowed: int"),
@@ -304,7 +304,7 @@ def test_runs_are_reproducible(workplace):
         (["--training.learning_rate", "fast"], "training.learning_rate: 'fast' has the wrong type; allowed: float"),
         (["--training.max_steps", "2.5"], "training.max_steps: 2.5 has the wrong type; allowed: int"),
         (["--training.use_cpu", "1"], "training.use_cpu: 1 has the wrong type; allowed: bool"),
-        (["--training.do_train", "false"], "training.do_train: cannot be set, the pretraining decides it"),
+        (["--training.do_train", "false"], "training.do_train: cannot be set, the command decides it"),
         (["--training.optim", "magic"], "training: magic is not a valid OptimizerNames"),
         (["--training.report_to", "abacus"], "training: abacus is not supported"),
         (["--model.max_position_embeddings", "1"], "model.max_position_embeddings: 1 leaves no token to predict"),
@@ -334,7 +334,7 @@ def test_runs_are_reproducible(workplace):
             ["--tokenizer.name", "gpt2"],
             "tokenizer: one of vocab_size (to train a tokenizer) and name (to load one) must",
         ),
-        (["--tokenizer.vocab_size", "null", "--tokenizer.name", "no/where"], "tokenizer.name: cannot load 'no/where'"),
+        (["--tokenizer.vocab_size", "null", "--tokenizer.name", "no/where"], "tokenizer: cannot load 'no/where'"),
         (["--data.source", "missing.txt"], "data.source: no file or folder 'missing.txt'; allowed: 'stdlib', a file,"),
         (["--data.source", "owner/dataset"], "data.source: cannot read 'owner/dataset'"),
         (
@@ -372,7 +372,7 @@ def test_unusable_input(workplace, capsys, overrides, message):
         ("data: {source: [", "cannot read 'other.yaml': while parsing"),
         (
             "just text",
-            "'other.yaml' has fields outside sections; allowed: the sections data, tokenizer, model, training, card",
+            "'other.yaml' has fields outside sections; allowed: sections, each with its fields",
         ),
         ("max_steps: 3", "'other.yaml' has fields outside sections"),
         ("{data: {source: corpus.txt}, training: {output_dir: out}}", "tokenizer: one of vocab_size (to train a"),

@@ -95,7 +95,7 @@ def check_metadata(data: ModelCardData):
 
 
 def pretrained_card(run: "Run", train: TextCounts, trainer: Trainer, results: dict[str, float]) -> ModelCard:
-    """The card of a model trained from scratch; `results` are those of [`~transformers_ddl.training.evaluate`]."""
+    """The card of a model trained from scratch; `results` are those of [`~transformers_ddl.training.comparable`]."""
     return _render(
         "pretrained.md",
         trainer,

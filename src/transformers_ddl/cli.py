@@ -29,6 +29,7 @@ class RunError(Exception):
 # Modules with a function `main(arguments: list[str])`, which raises `InputError` for input that cannot be used
 COMMANDS = {
     "pretrain": ("training", "train a model from scratch, as a YAML file says"),
+    "finetune": ("finetuning", "train a model to answer or to label texts, as a YAML file says"),
     "generate": ("generation", "print sampled continuations of prompts"),
     "convert": ("conversion", "turn a checkpoint of the authors' code, or a Llama, into a DDL model"),
     "push": ("hub", "upload a finished model to the Hugging Face Hub"),

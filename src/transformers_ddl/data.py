@@ -24,7 +24,8 @@ import hashlib
 import math
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -228,7 +229,7 @@ def read_corpus(args: DataArguments) -> Corpus:
         documents = interleave_datasets(
             tables, probabilities=list(weights / weights.sum()), seed=0, stopping_strategy="all_exhausted"
         )
-    corpus = _split(documents, args) if len(documents) else Corpus(documents, documents)
+    corpus = split(documents, check_documents, args.held_out, args.num_proc)
     if not len(corpus.train) or not len(corpus.held_out):
         raise InputError(
             f"data.source: {args.name!r} holds too little text ({corpus}); "
@@ -237,19 +238,27 @@ def read_corpus(args: DataArguments) -> Corpus:
     return corpus
 
 
-def _split(documents: Dataset, args: DataArguments) -> Corpus:
-    """Splits documents, of which there is at least one."""
+def split(
+    documents: Dataset, check: Callable[[dict[str, list]], dict[str, list]], held_out: float, num_proc: int | None
+) -> Corpus:
+    """
+    Args:
+        check: Gives for a batch of rows, under `problem`, why each is skipped, or None, and a `hash` of it in [0, 1).
+        held_out: Rows whose hash is not above it are held out, and the row of the lowest hash in any case.
+    """
+    if not len(documents):
+        return Corpus(documents, documents)
     checked = documents.map(
-        check_documents,
+        check,
         batched=True,
-        remove_columns=["text"],
+        remove_columns=documents.column_names,
         features=Features({"problem": Value("string"), "hash": Value("float64")}),
-        num_proc=args.num_proc,
+        num_proc=num_proc,
         desc="checking documents",
     )
     problems, hashes = checked.data.column("problem"), checked.data.column("hash").to_numpy()
     usable = problems.is_null().to_numpy()
-    threshold = max(args.held_out, min(hashes[usable], default=0))
+    threshold = max(held_out, min(hashes[usable], default=0))
     return Corpus(
         train=documents.select(np.flatnonzero(usable & (hashes > threshold))),
         held_out=documents.select(np.flatnonzero(usable & (hashes <= threshold))),
@@ -266,8 +275,12 @@ def check_documents(documents: dict[str, list]) -> dict[str, list]:
         elif problem is None and not text.strip():
             problem = "empty"
         problems.append(problem)
-        hashes.append(int.from_bytes(hashlib.sha256((text or "").encode()).digest()[:8], "big") / 2**64)
+        hashes.append(hash_fraction(text or ""))
     return {"problem": problems, "hash": hashes}
+
+
+def hash_fraction(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def load_documents(
@@ -279,7 +292,7 @@ def load_documents(
     Raises:
         `InputError`: if the source does not exist, cannot be read or has no column `text_column` of text.
     """
-    files = _list_files(source.source)
+    files = list_files(source.source)
     if files is None:
         return _load_table(source, source.source, streaming, num_proc, name=source.subset)
     if source.subset is not None:
@@ -289,24 +302,34 @@ def load_documents(
     texts, tables = [], {}
     for file in sorted(files):
         stat = file.stat()
-        file_type = FILE_TYPES.get(_suffix(file), "text")
-        if file_type == "text" or stat.st_size == 0:
+        if file_type(file) == "text" or stat.st_size == 0:
             texts.append((str(file), stat.st_size, stat.st_mtime_ns))  # the key to the cached table
         else:
-            tables.setdefault(file_type, []).append(str(file))
+            tables.setdefault(file_type(file), []).append(str(file))
 
     parts = []
     if texts:
         from_generator = (IterableDataset if streaming else Dataset).from_generator
-        try:
+        with reading(source.source):
             parts.append(
                 from_generator(_read_texts, gen_kwargs={"files": texts, "split": len(files) == 1}, features=DOCUMENTS)
             )
-        except DatasetsError as error:
-            raise InputError(f"data.source: cannot read {source.source!r}: {error.__cause__ or error}") from error
-    for file_type, paths in sorted(tables.items()):
-        parts.append(_load_table(source, file_type, streaming, num_proc, data_files=paths))
+    for type_of_files, paths in sorted(tables.items()):
+        parts.append(_load_table(source, type_of_files, streaming, num_proc, data_files=paths))
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+@contextmanager
+def reading(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (DatasetsError, OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"data.source: cannot read {source!r}: {error.__cause__ or error}") from error
+
+
+def file_type(path: Path) -> str:
+    """How `datasets` reads a file."""
+    return FILE_TYPES.get(_suffix(path), "text")
 
 
 def _suffix(path: Path) -> str:
@@ -314,7 +337,7 @@ def _suffix(path: Path) -> str:
     return Path(path.stem if path.suffix.lower() in COMPRESSIONS else path.name).suffix.lower()
 
 
-def _list_files(source: str) -> list[Path] | None:
+def list_files(source: str) -> list[Path] | None:
     """The files of a local source; None for the name of a dataset on the Hub."""
     if source == STDLIB:
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -369,7 +392,7 @@ def _load_table(
 ) -> Dataset | IterableDataset:
     """The text column of what `load_dataset(path, **options)` finds, under the name `text`."""
     column = source.text_column
-    try:
+    with reading(source.source):
         # The first row tells whether the column is there, before a large dataset is downloaded and converted.
         table = load_dataset(path, split="train", streaming=True, **options)
         row = next(iter(table), None)
@@ -383,8 +406,6 @@ def _load_table(
             return Dataset.from_dict({"text": [], "problem": []}, features=DOCUMENTS)
         if not streaming:
             table = load_dataset(path, split="train", num_proc=num_proc, **options)
-    except (DatasetsError, OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"data.source: cannot read {source.source!r}: {error.__cause__ or error}") from error
 
     dtype = table.features[column].dtype if table.features else type(row[column]).__name__  # JSON has no schema
     if dtype not in ("string", "large_string", "str", "NoneType"):
@@ -408,9 +429,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer.name: cannot load {name!r}: {error}") from error
+        raise InputError(f"tokenizer: cannot load {name!r}: {error}") from error
     if tokenizer.eos_token_id is None:
-        raise InputError(f"tokenizer.name: {name!r} has no eos token; allowed: a tokenizer with one")
+        raise InputError(f"tokenizer: {name!r} has no eos token; allowed: a tokenizer with one")
     return tokenizer
 
 

@@ -14,9 +14,10 @@
 """
 The settings of a run: a YAML file and command-line overrides, checked before any data is read or anything written.
 
-The YAML has a section per concern, `data` ([`DataArguments`]), `tokenizer` ([`TokenizerArguments`]), `model`
-([`DDLConfig`]), `training` ([`~transformers.TrainingArguments`]) and, if wanted, `card` ([`CardArguments`]), whose fields are
-those classes' own.
+The YAML has a section per concern, whose fields are those of a class: for pretraining `data` ([`DataArguments`]), `tokenizer`
+([`TokenizerArguments`]), `model` ([`DDLConfig`]), `training` ([`~transformers.TrainingArguments`]) and, if wanted, `card`
+([`CardArguments`]). `model.name`, the folder or name on the Hub of a model to start from, gives the other fields of the model
+the values that they have there.
 """
 
 import difflib
@@ -76,13 +77,12 @@ SECTIONS = {
     "card": CardArguments,
 }
 REQUIRED_FIELDS = {"data": "source", "training": "output_dir"}
-# Fields that would have no effect, or contradict what the pretraining does, and who decides instead.
+# Fields that would have no effect, or contradict what a command does, and who decides instead.
 RESERVED_FIELDS = {
     "data": {},
     "tokenizer": {},
-    "model": dict.fromkeys(
-        ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"), "the tokenizer (section tokenizer)"
-    ),
+    "model": dict.fromkeys(("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"), "the tokenizer")
+    | dict.fromkeys(("num_labels", "id2label", "label2id"), "the data"),
     "training": dict.fromkeys(
         (
             "batch_eval_metrics",
@@ -96,9 +96,10 @@ RESERVED_FIELDS = {
             "prediction_loss_only",
             "resume_from_checkpoint",
         ),
-        "the pretraining",
+        "the command",
     )
     | {"hub_token": "`hf auth login` or HF_TOKEN"},  # settings go into files that are pushed
+    "lora": dict.fromkeys(("task_type", "inference_mode"), "the task"),
     "card": {},
 }
 
@@ -134,7 +135,7 @@ def read_settings(paths: list[str | Path], overrides: list[str]) -> Settings:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InputError(f"cannot read {str(path)!r}: {error}") from error
         if not isinstance(sections, dict) or not all(isinstance(values, dict) for values in sections.values()):
-            raise InputError(f"{str(path)!r} has fields outside sections; allowed: the sections {', '.join(SECTIONS)}")
+            raise InputError(f"{str(path)!r} has fields outside sections; allowed: sections, each with its fields")
         for section, values in sections.items():
             settings.setdefault(section, {}).update(values)
 
@@ -179,19 +180,12 @@ class Run:
         Raises:
             `InputError`: for an unknown section or field, a missing field, a wrong type or a value that is not allowed.
         """
-        for section in settings:
-            if section not in SECTIONS:
-                raise InputError(f"{section}: unknown section; allowed: {', '.join(SECTIONS)}")
-        sections = {}
-        for section, section_class in SECTIONS.items():
-            values = settings.get(section, {})
-            for name in values:
-                if decider := RESERVED_FIELDS[section].get(name):
-                    raise InputError(f"{section}.{name}: cannot be set, {decider} decides it")
-            if section_class is not DDLConfig:  # which checks its fields itself
-                _check_fields(section, values)
-            with blaming(section):
-                sections[section] = section_class(**values)
+        given = settings
+        if name := settings.get("model", {}).get("name"):
+            if "tokenizer" in settings:
+                raise InputError("tokenizer: cannot be set, model.name decides it")
+            given = settings | {"tokenizer": {"name": name}}
+        sections = build_sections(given, SECTIONS)
         block_size = sections["model"].max_position_embeddings
         if block_size < 2:
             raise InputError(
@@ -202,10 +196,46 @@ class Run:
         return cls(**sections, settings=settings)
 
 
-def _check_fields(section: str, values: dict[str, Any]):
+def build_sections(settings: Settings, classes: dict[str, type]) -> dict[str, Any]:
+    """
+    Makes, of each section, an object of its class.
+
+    Raises:
+        `InputError`: for an unknown section or field, a missing field, a wrong type or a value that is not allowed.
+    """
+    for section in settings:
+        if section not in classes:
+            raise InputError(f"{section}: unknown section; allowed: {', '.join(classes)}")
+    sections = {}
+    for section, section_class in classes.items():
+        values = settings.get(section, {})
+        for name in values:
+            if decider := RESERVED_FIELDS[section].get(name):
+                raise InputError(f"{section}.{name}: cannot be set, {decider} decides it")
+        if section_class is DDLConfig:
+            section_class = read_config  # the configuration checks its fields itself
+        else:
+            _check_fields(section, section_class, values)
+        with blaming(section):
+            sections[section] = section_class(**values)
+    return sections
+
+
+def read_config(name: str | None = None, **fields) -> DDLConfig:
+    """The configuration of a new model, or of the model `name` with other values of some fields."""
+    if name is None:
+        return DDLConfig(**fields)
+    saved, _ = DDLConfig.get_config_dict(name)
+    if saved.get("model_type") != DDLConfig.model_type:
+        raise ValueError(f"{name!r} does not hold a DDL model")
+    saved.pop("transformers_version", None)  # or unknown fields would be accepted, as in a file
+    return DDLConfig(**saved | fields, name_or_path=name)
+
+
+def _check_fields(section: str, section_class: type, values: dict[str, Any]):
     """Checks the names and types of fields; unlike `@strict`, an int may stand for a float."""
-    names = [field.name for field in fields(SECTIONS[section]) if field.init]
-    hints = get_type_hints(SECTIONS[section])
+    names = [field.name for field in fields(section_class) if field.init]
+    hints = get_type_hints(section_class)
     for name, value in values.items():
         if name not in names:
             closest = difflib.get_close_matches(str(name), names, n=4, cutoff=0)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A Trainer for pretraining: decays matrices only, counts FLOPs exactly, and leaves nothing but complete checkpoints behind."""
+"""Trainers that decay matrices only and leave nothing but complete checkpoints; the one for pretraining counts FLOPs exactly."""
 
 import math
 import time
@@ -58,9 +58,9 @@ def decay_parameter_names(model: PreTrainedModel) -> list[str]:
     return [name for name, matrix, _ in linear_maps(model) if head is None or matrix is not head.weight]
 
 
-class DDLTrainer(Trainer):
+class ResumableTrainer(Trainer):
     """
-    [`~transformers.Trainer`] for [`DDLForCausalLM`] and `input_ids` of one length.
+    [`~transformers.Trainer`] for models of the family, with adapters or without.
 
     Raises:
         `RunError`: by `train`, as soon as a loss or gradient norm to be logged is not finite; no checkpoint is saved after
@@ -70,34 +70,15 @@ class DDLTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.args.logging_nan_inf_filter = False  # would log the mean of the finite losses
-        self.flops_per_token = cache(partial(training_flops_per_token, self.model.config))
-        self.last_log = None  # time in seconds, tokens seen, FLOPs
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decay_parameter_names(model)
 
-    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
-        input_ids = inputs["input_ids"]
-        return input_ids.numel() * self.flops_per_token(input_ids.shape[1])
-
-    def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]):
-        # Batches are of one size on all processes; gathering the sizes would wait for the device in every step
-        self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
-
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        """Adds, since the last log: tokens per second, and their share of what the devices could do (MFU)."""
         if "loss" in logs:
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(logs.get(name, 0)):
                     raise RunError(f"{name} is {logs[name]} at step {self.state.global_step:,}")
-            now, tokens, flops = time.monotonic(), self.state.num_input_tokens_seen, self.state.total_flos
-            if self.last_log is not None:
-                last_time, last_tokens, last_flops = self.last_log
-                logs["tokens_per_second"] = (tokens - last_tokens) / (now - last_time)
-                if peak := peak_flops():
-                    logs["mfu"] = (flops - last_flops) / (now - last_time) / (peak * self.args.world_size)
-            logs["total_flos"] = flops
-            self.last_log = now, tokens, flops
         super().log(logs, start_time)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
@@ -115,3 +96,33 @@ class DDLTrainer(Trainer):
             folder = self._get_output_dir(trial=trial)
             seal(Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
             rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+
+class DDLTrainer(ResumableTrainer):
+    """[`ResumableTrainer`] for [`DDLForCausalLM`] and `input_ids` of one length."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.flops_per_token = cache(partial(training_flops_per_token, self.model.config))
+        self.last_log = None  # time in seconds, tokens seen, FLOPs
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        input_ids = inputs["input_ids"]
+        return input_ids.numel() * self.flops_per_token(input_ids.shape[1])
+
+    def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]):
+        # Batches are of one size on all processes; gathering the sizes would wait for the device in every step
+        self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        """Adds, since the last log: tokens per second, and their share of what the devices could do (MFU)."""
+        if "loss" in logs:
+            now, tokens, flops = time.monotonic(), self.state.num_input_tokens_seen, self.state.total_flos
+            if self.last_log is not None:
+                last_time, last_tokens, last_flops = self.last_log
+                logs["tokens_per_second"] = (tokens - last_tokens) / (now - last_time)
+                if peak := peak_flops():
+                    logs["mfu"] = (flops - last_flops) / (now - last_time) / (peak * self.args.world_size)
+            logs["total_flos"] = flops
+            self.last_log = now, tokens, flops
+        super().log(logs, start_time)

@@ -17,7 +17,7 @@ import argparse
 import errno
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,11 +27,12 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 from transformers import (
     EvalPrediction,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
     Trainer,
@@ -46,8 +47,10 @@ from transformers.trainer_callback import ExportableState
 from .cards import pretrained_card
 from .checkpoints import last_complete_checkpoint, write_atomically
 from .cli import InputError, RunError
+from .configuration_ddl import DDLConfig
 from .data import (
     IGNORE_INDEX,
+    DocumentCounts,
     PackedText,
     TextCounts,
     load_tokenizer,
@@ -58,9 +61,9 @@ from .data import (
 from .flops import activation_bytes, count_parameters, state_flops_per_token, training_flops_per_token
 from .hub import push
 from .modeling_ddl import DDLForCausalLM
-from .settings import Run, blaming, read_settings
+from .settings import Run, TokenizerArguments, blaming, read_settings
 from .streaming import DocumentStream, StreamedText
-from .trainer import DDLTrainer
+from .trainer import DDLTrainer, ResumableTrainer
 
 
 RUN_FILE = "run.yaml"
@@ -84,42 +87,65 @@ FREE_FIELDS = {
 
 def main(arguments: list[str]):
     """`transformers-ddl pretrain CONFIG ... [--dry-run] [--section.field value ...]`."""
+    parser = settings_parser("pretrain", "Pretrain a Deep Delta Learning language model, or continue to.")
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would cost, and write nothing")
+    options, overrides = parser.parse_known_args(arguments)
+    run = Run.from_settings(read_settings(options.config, overrides))
+    if options.dry_run:
+        is_finished(run)  # or the folder cannot be used
+        print(describe(run))
+        return
+    results = complete(run, pretrain)
+    if run.training.process_index == 0:
+        print(
+            f"held-out text: {results['bits_per_byte']:.3f} bits per byte, where the entropy of single bytes is "
+            f"{results['unigram_bits_per_byte']:.3f}; loss {results['eval_loss']:.3f} nats per token, "
+            f"perplexity {results['perplexity']:.1f}"
+        )
+
+
+def settings_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a command that does what YAML files say."""
     parser = argparse.ArgumentParser(
-        prog="transformers-ddl pretrain",
-        usage="%(prog)s [-h] [--dry-run] CONFIG [CONFIG ...] [--section.field value ...]",
-        description="Pretrain a Deep Delta Learning language model. Started again after it was interrupted, the same "
-        "command continues from the last complete checkpoint.",
-        epilog="--section.field value sets any field of the files, for instance --model.hidden_size 256 or "
-        "--training.learning_rate=1e-3.",
+        prog=f"transformers-ddl {command}",
+        usage="%(prog)s [options] CONFIG [CONFIG ...] [--section.field value ...]",
+        description=f"{description} Started again after it was interrupted, the same command continues from the last "
+        "complete checkpoint.",
+        epilog="--section.field value sets any field of the files, for instance --training.learning_rate=1e-3.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "config",
         nargs="+",
         metavar="CONFIG",
-        help="YAML files with the sections data, tokenizer, model and training; later ones override earlier ones",
+        help="YAML files made of sections, as those in configs; later ones override earlier ones",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what the run would cost, and write nothing")
-    options, overrides = parser.parse_known_args(arguments)
-    run = Run.from_settings(read_settings(options.config, overrides))
-    finished = is_finished(run)
-    if options.dry_run:
-        print(describe(run))
-        return
-    if finished:
-        print(f"{run.training.output_dir} holds this very run, finished; delete the folder to repeat it.")
+    return parser
+
+
+def complete(run: Run, train: Callable[[Run], str | None]) -> dict[str, float]:
+    """
+    Does a run, unless it is finished already.
+
+    Args:
+        train: Fills the output folder and returns the repository on the Hub that it is then to be pushed to, if any; by
+            the main process alone.
+
+    Returns:
+        The results.
+
+    Raises:
+        `InputError`, `RunError`: see [`is_finished`] and [`explaining_failures`].
+    """
+    folder = Path(run.training.output_dir)
+    if is_finished(run):
+        print(f"{folder} holds this very run, finished; delete the folder to repeat it.")
     else:
-        with explaining_failures(Path(run.training.output_dir)):
-            repo_id = pretrain(run)
+        with explaining_failures(folder):
+            repo_id = train(run)
         if repo_id is not None:
-            push(Path(run.training.output_dir), repo_id, revision=run.training.hub_revision)
-    if run.training.process_index == 0:
-        results = json.loads(Path(run.training.output_dir, RESULTS_FILE).read_text())
-        print(
-            f"held-out text: {results['bits_per_byte']:.3f} bits per byte, where the entropy of single bytes is "
-            f"{results['unigram_bits_per_byte']:.3f}; loss {results['eval_loss']:.3f} nats per token, "
-            f"perplexity {results['perplexity']:.1f}"
-        )
+            push(folder, repo_id, revision=run.training.hub_revision)
+    return json.loads((folder / RESULTS_FILE).read_text()) if run.training.process_index == 0 else {}
 
 
 def is_finished(run: Run) -> bool:
@@ -165,13 +191,13 @@ def describe(run: Run) -> str:
     block_size = config.max_position_embeddings
     batch_size = sequences_per_step(args)
     if run.tokenizer.name is not None:
-        config.vocab_size = run.tokenizer.num_embeddings(len(load_tokenizer(run.tokenizer.name)))
+        set_vocabulary(config, load_tokenizer(run.tokenizer.name), run.tokenizer)
     else:
         config.vocab_size = run.tokenizer.num_embeddings(run.tokenizer.vocab_size)
     steps = args.max_steps
     if steps < 1:
         text = read_text(run)
-        config.vocab_size = run.tokenizer.num_embeddings(len(text.tokenizer))
+        set_vocabulary(config, text.tokenizer, run.tokenizer)
         steps = math.ceil(math.ceil(len(text.train) / batch_size) * args.num_train_epochs)
 
     parameters = count_parameters(config)
@@ -230,9 +256,37 @@ def read_text(run: Run) -> Text:
     return Text(tokenizer, train.blocks, held_out, TextCounts(corpus.counts, train.num_tokens, train.num_bytes))
 
 
+def set_vocabulary(config: DDLConfig, tokenizer: PreTrainedTokenizerBase, arguments: TokenizerArguments | None = None):
+    """Gives a new model the embeddings that a tokenizer needs; a model to start from has its own."""
+    if not config.name_or_path:
+        config.vocab_size = arguments.num_embeddings(len(tokenizer))
+    elif len(tokenizer) > config.vocab_size:
+        raise InputError(f"model.name: its tokenizer has {len(tokenizer):,} tokens, the model {config.vocab_size:,}")
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+
+
+def load_model(model_class: type[PreTrainedModel], config: DDLConfig) -> PreTrainedModel:
+    """
+    The model `config.name_or_path`, with that configuration; only its head may be new.
+
+    Raises:
+        `InputError`: if it cannot be loaded, or has not all weights.
+    """
+    name = config.name_or_path
+    try:
+        model, loaded = model_class.from_pretrained(name, config=config, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"model: cannot load {name!r} with these settings: {error}") from error
+    missing = sorted(key for key in loaded["missing_keys"] if key.startswith(f"{model.base_model_prefix}."))
+    if missing:
+        raise InputError(f"model: {name!r} has no weights {', '.join(missing)}, which these settings ask for")
+    return model
+
+
 def pretrain(run: Run) -> str | None:
     """
-    Makes or loads a tokenizer, trains a model and fills the output folder; continues from its last complete checkpoint if it
+    Makes or loads a tokenizer, makes or loads a model, trains it and fills the output folder; continues from its last complete checkpoint if it
     has one. The process may be killed at any moment: the same call then goes on from there.
 
     Returns:
@@ -253,12 +307,9 @@ def pretrain(run: Run) -> str | None:
     report(f"tokens: vocabulary of {len(text.tokenizer):,}; {trained_on}{text.held_out.num_tokens:,} held out")
 
     config, tokenizer = run.model, text.tokenizer
-    config.vocab_size = run.tokenizer.num_embeddings(len(tokenizer))
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    config.pad_token_id = tokenizer.pad_token_id
-    use_cache = config.use_cache
+    set_vocabulary(config, tokenizer, run.tokenizer)
     set_seed(run.training.seed)
-    model = DDLForCausalLM(config)
+    model = load_model(DDLForCausalLM, config) if config.name_or_path else DDLForCausalLM(config)
     report(f"model: {model.num_parameters():,} parameters")
 
     run.training.include_num_input_tokens_seen = "all"  # for tokens/s, the model card, and the place in a stream
@@ -276,35 +327,54 @@ def pretrain(run: Run) -> str | None:
             compute_metrics=mean_loss,
             callbacks=[SampleCallback(), BatchSize(sequences_per_step(run.training))],
         )
-        if trainer.hub_model_id is not None:
-            HfApi().auth_check(trainer.hub_model_id, write=True)  # Trainer is content with one that can be read
+        check_repository(trainer)
     progress = SpeedProgressCallback()
     if not run.training.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(progress)
 
-    folder = Path(run.training.output_dir)
     with closing(progress):
-        if trainer.is_world_process_zero():
-            write_atomically(folder / RUN_FILE, yaml.safe_dump(run.settings, sort_keys=False))
-            if trainer.hub_model_id is not None:
-                config.save_pretrained(folder)  # with the code, which Trainer leaves out when it pushes a checkpoint
-        train_from_last_checkpoint(trainer)
-        results = evaluate(trainer, text.held_out)
-
-        config.use_cache = use_cache  # Trainer turned it off, and generating without is slow
-        trainer.args.push_to_hub = False  # or `save_model` would, before the rest is there and with a card of its own
+        results = comparable(train_and_evaluate(run, trainer), text.held_out)
         trainer.save_model()
-        if not trainer.is_world_process_zero():
-            return None
-        if text.counts is None:
-            text.counts = text.train.count_text(blocks_seen(trainer))
-            report(f"data: {run.data.name}: {text.counts.documents}")
-        write_atomically(folder / COUNTS_FILE, json.dumps(asdict(text.counts), indent=4))
-        plot_loss(trainer.state.log_history, folder / "loss.png")
-        pretrained_card(run, text.counts, trainer, results).save(folder / "README.md")
-        write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=4, sort_keys=True))  # the run is finished
+        if trainer.is_world_process_zero():
+            if text.counts is None:
+                text.counts = text.train.count_text(blocks_seen(trainer))
+                report(f"data: {run.data.name}: {text.counts.documents}")
+            write_results(run, trainer, text.counts, results, pretrained_card(run, text.counts, trainer, results))
     return trainer.hub_model_id
+
+
+def check_repository(trainer: Trainer):
+    """Raises the Hub's error if the repository to push to, if any, cannot be written to."""
+    if trainer.hub_model_id is not None:
+        HfApi().auth_check(trainer.hub_model_id, write=True)  # Trainer is content with one that can be read
+
+
+def train_and_evaluate(run: Run, trainer: ResumableTrainer) -> dict[str, float]:
+    """Trains from the last complete checkpoint to the end; the model can then be saved. Returns Trainer's metrics."""
+    config = trainer.model.config
+    use_cache = config.use_cache
+    if trainer.is_world_process_zero():
+        folder = Path(run.training.output_dir)
+        write_atomically(folder / RUN_FILE, yaml.safe_dump(run.settings, sort_keys=False))
+        if trainer.hub_model_id is not None:
+            config.save_pretrained(folder)  # with the code, which Trainer leaves out when it pushes a checkpoint
+    train_from_last_checkpoint(trainer)
+    metrics = trainer.evaluate()
+    config.use_cache = use_cache  # Trainer turned it off, and generating without is slow
+    trainer.args.push_to_hub = False  # or `save_model` would, before the rest is there and with a card of its own
+    return metrics
+
+
+def write_results(
+    run: Run, trainer: Trainer, counts: TextCounts | DocumentCounts, results: dict[str, float], card: ModelCard
+):
+    """Writes what there is to read beside the saved model; with the last file the run is finished."""
+    folder = Path(run.training.output_dir)
+    write_atomically(folder / COUNTS_FILE, json.dumps(asdict(counts), indent=4))
+    plot_loss(trainer.state.log_history, folder / "loss.png")
+    card.save(folder / "README.md")
+    write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=4, sort_keys=True))
 
 
 def sequences_per_step(args: TrainingArguments) -> int:
@@ -325,7 +395,7 @@ def blocks_seen(trainer: Trainer) -> int:
     return trainer.state.num_input_tokens_seen // trainer.model.config.max_position_embeddings
 
 
-def train_from_last_checkpoint(trainer: DDLTrainer):
+def train_from_last_checkpoint(trainer: ResumableTrainer):
     """Trains up to the last step, or loads the checkpoint of the last step if that is already there."""
     is_main_process = trainer.is_world_process_zero()
     checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir)) if is_main_process else None
@@ -396,15 +466,14 @@ def mean_loss(losses: EvalPrediction) -> dict[str, float]:
     return {"loss": losses.predictions[predicted].mean(dtype=np.float64)}
 
 
-def evaluate(trainer: Trainer, held_out: PackedText) -> dict[str, float]:
-    """Trainer's metrics, and those that can be compared between tokenizers."""
-    results = trainer.evaluate()
+def comparable(metrics: dict[str, float], held_out: PackedText) -> dict[str, float]:
+    """Adds to Trainer's metrics those that can be compared between tokenizers."""
     return {
-        **results,
+        **metrics,
         "eval_tokens": held_out.num_tokens,
         "eval_bytes": held_out.num_bytes,
-        "perplexity": math.exp(results["eval_loss"]),
-        "bits_per_byte": held_out.bits_per_byte(results["eval_loss"]),
+        "perplexity": math.exp(metrics["eval_loss"]),
+        "bits_per_byte": held_out.bits_per_byte(metrics["eval_loss"]),
         "unigram_bits_per_byte": held_out.unigram_entropy,
     }
 

@@ -1,0 +1,250 @@
+# Copyright 2026 The transformers_ddl team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Fine-tuning: a YAML file in; a folder with a model that answers or labels, its evaluation and its model card out."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+from trl import SFTConfig, SFTTrainer, is_conversational
+
+from .cards import CardArguments, finetuned_card
+from .cli import InputError
+from .configuration_ddl import DDLConfig
+from .data import Corpus, load_tokenizer
+from .examples import ExampleArguments, read_examples
+from .modeling_ddl import DDLForCausalLM, DDLForSequenceClassification
+from .settings import Settings, blaming, build_sections, read_settings
+from .trainer import ResumableTrainer
+from .training import (
+    BatchSize,
+    check_repository,
+    complete,
+    load_model,
+    sequences_per_step,
+    set_vocabulary,
+    settings_parser,
+    train_and_evaluate,
+    write_results,
+)
+
+
+ADAPTER_FOLDER = "adapter"
+
+# For models whose tokenizer has none. It needs no token of its own: a message ends with the eos token.
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|' + message.role + '|>\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{- message.content | trim + eos_token }}{%- endgeneration %}
+    {%- else %}
+        {{- message.content | trim + eos_token }}
+    {%- endif %}
+    {{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>\\n' }}
+{%- endif %}"""
+
+
+@dataclass
+class FinetuningRun:
+    """A run's settings as objects, and as they were given."""
+
+    data: ExampleArguments
+    model: DDLConfig
+    training: TrainingArguments  # `SFTConfig` for `sft`
+    lora: LoraConfig | None  # None: all weights are trained
+    card: CardArguments
+    settings: Settings
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> "FinetuningRun":
+        """
+        Checks settings.
+
+        Raises:
+            `InputError`: for an unknown section or field, a missing field, a wrong type or a value that is not allowed.
+        """
+        if "name" not in settings.get("model", {}):
+            raise InputError("model.name: missing; every fine-tuning must say which model it starts from")
+        is_classification = settings.get("data", {}).get("task") == "classification"
+        classes = {
+            "data": ExampleArguments,
+            "model": DDLConfig,
+            "training": TrainingArguments if is_classification else SFTConfig,
+            "lora": LoraConfig,
+            "card": CardArguments,
+        }
+        run = cls(**build_sections(settings, classes), settings=settings)
+        if "lora" not in settings:
+            run.lora = None
+        if not is_classification:
+            context = run.model.max_position_embeddings
+            if "max_length" not in settings["training"]:
+                run.training.max_length = context
+            elif run.training.max_length is not None and run.training.max_length > context:
+                raise InputError(
+                    f"training.max_length: {run.training.max_length}; allowed: up to model.max_position_embeddings, {context}"
+                )
+        return run
+
+
+def main(arguments: list[str]):
+    """`transformers-ddl finetune CONFIG ... [--section.field value ...]`."""
+    parser = settings_parser("finetune", "Fine-tune a Deep Delta Learning model, or an adapter of it.")
+    options, overrides = parser.parse_known_args(arguments)
+    run = FinetuningRun.from_settings(read_settings(options.config, overrides))
+    results = complete(run, finetune)
+    if run.training.process_index == 0:
+        print("held-out examples: " + ", ".join(f"{name} {value:.3f}" for name, value in measured(results).items()))
+
+
+def finetune(run: FinetuningRun) -> str | None:
+    """
+    Trains a model on examples and fills the output folder; continues from its last complete checkpoint if it has one.
+
+    Returns:
+        The repository on the Hub that the output folder is still to be pushed to, if any; by the main process alone.
+
+    Raises:
+        `InputError`: if the model, the data or the training arguments cannot be used; then nothing has been written.
+        `RunError`: if the loss is not finite any more. The complete checkpoints are left, as after any other failure.
+    """
+    report = print if run.training.process_index == 0 else lambda *_: None
+    with run.training.main_process_first(desc="reading examples"):  # the others find them in the cache
+        corpus = read_examples(run.data)
+    report(f"data: {run.data.source}: {corpus}")
+
+    tokenizer = load_tokenizer(run.model.name_or_path)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    set_vocabulary(run.model, tokenizer)
+    set_seed(run.training.seed)
+    make_trainer = classification_trainer if run.data.task == "classification" else sft_trainer
+    trainer = make_trainer(run, corpus, tokenizer)
+    model = trainer.model
+    report(
+        f"model: {model.num_parameters(only_trainable=True):,} of {model.num_parameters():,} parameters are trained"
+    )
+
+    results = train_and_evaluate(run, trainer)
+    if run.data.task == "sft":
+        results["perplexity"] = math.exp(results["eval_loss"])
+    else:
+        labels = np.bincount(corpus.held_out["label"])
+        results["commonest_label"] = labels.max() / labels.sum()
+    save(run, trainer)
+    if trainer.is_world_process_zero():
+        card = finetuned_card(trainer, run.data.source, measured(results), run.card)
+        write_results(run, trainer, corpus.counts, results, card)
+    return trainer.hub_model_id
+
+
+def measured(results: dict[str, float]) -> dict[str, float]:
+    """Of the results, those about the model."""
+    names = ("eval_loss", "perplexity", "eval_mean_token_accuracy", "eval_accuracy", "commonest_label")
+    return {name.removeprefix("eval_"): results[name] for name in names if name in results}
+
+
+def adapted(run: FinetuningRun, model: PreTrainedModel, task_type: str) -> PreTrainedModel | PeftModel:
+    """The model, or one around it whose adapters alone are trained."""
+    if run.lora is None:
+        return model
+    run.lora.task_type = task_type
+    with blaming("lora"):
+        return get_peft_model(model, run.lora)
+
+
+class DDLSFTTrainer(ResumableTrainer, SFTTrainer): ...
+
+
+def sft_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> DDLSFTTrainer:
+    """Trains to answer; the loss is over completions, and over the assistant's words alone if `assistant_only_loss` says so."""
+    if tokenizer.chat_template is None and is_conversational(corpus.train[0]):
+        tokenizer.chat_template = CHAT_TEMPLATE
+    model = adapted(run, load_model(DDLForCausalLM, run.model), "CAUSAL_LM")
+    with blaming("training"):
+        trainer = DDLSFTTrainer(
+            model=model,
+            args=run.training,
+            train_dataset=corpus.train,
+            eval_dataset=corpus.held_out,
+            processing_class=tokenizer,
+            callbacks=[BatchSize(sequences_per_step(run.training))],
+        )
+        check_repository(trainer)
+    return trainer
+
+
+def classification_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> ResumableTrainer:
+    """Trains to label texts, of which it reads as many tokens as the model's context holds."""
+    names = corpus.train.features["label"].names
+    if len(names) < 2:
+        raise InputError(f"data.label_column: all labels are {', '.join(names)}; allowed: at least two")
+    run.model.id2label = dict(enumerate(names))
+    run.model.label2id = {name: index for index, name in enumerate(names)}
+
+    def tokenize(rows: dict[str, list]) -> dict[str, list]:
+        tokens = tokenizer(rows["text"], truncation=True, max_length=run.model.max_position_embeddings)
+        return {**tokens, "labels": rows["label"]}
+
+    train, held_out = (
+        part.map(tokenize, batched=True, remove_columns=part.column_names, num_proc=run.data.num_proc)
+        for part in (corpus.train, corpus.held_out)
+    )
+    model = adapted(run, load_model(DDLForSequenceClassification, run.model), "SEQ_CLS")
+    with blaming("training"):
+        trainer = ResumableTrainer(
+            model=model,
+            args=run.training,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=accuracy,
+            callbacks=[BatchSize(sequences_per_step(run.training))],
+        )
+        check_repository(trainer)
+    return trainer
+
+
+def accuracy(predicted: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())}
+
+
+def save(run: FinetuningRun, trainer: ResumableTrainer):
+    """Saves the model. Adapters are also saved by themselves, and merged into the model that they were made for."""
+    if run.lora is None:
+        trainer.save_model()
+        return
+    folder = Path(run.training.output_dir)
+    trainer.save_model(folder / ADAPTER_FOLDER)
+    if trainer.is_world_process_zero():
+        # The model that was trained may be in pieces on several devices
+        model = PeftModel.from_pretrained(
+            load_model(type(trainer.model.get_base_model()), run.model), folder / ADAPTER_FOLDER
+        )
+        model.merge_and_unload().save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)

@@ -131,7 +131,8 @@ def finetuned_card(
         base_model=_published(base_model),
         base_name=_published(base_model) or Path(base_model).name,
         hyperparameters=extract_hyperparameters_from_trainer(trainer),
-        method=type(trainer).__name__,
+        method=next(base.__name__ for base in type(trainer).__mro__ if not base.__module__.startswith(__package__)),
+        adapter=getattr(trainer.model, "peft_config", {}).get("default"),
     )
 
 
@@ -146,6 +147,9 @@ def _render(
     **values,
 ) -> ModelCard:
     name = Path(trainer.args.output_dir).resolve().name
+    num_parameters = trainer.model.num_parameters()
+    if hasattr(trainer.model, "peft_config"):
+        num_parameters -= trainer.get_num_trainable_parameters()
     task = next(task for suffix, task in TASKS.items() if type(trainer.model).__name__.endswith(suffix))
     published = [_published(source) for source in sources]
     dataset_name = " + ".join(name or Path(source).name for name, source in zip(published, sources))
@@ -178,7 +182,7 @@ def _render(
         environment=describe_environment(trainer),
         measured=metrics,
         name=name,
-        num_parameters=trainer.model.num_parameters(),
+        num_parameters=num_parameters,
         source=dataset_name,
         state=trainer.state,
         task=task,

@@ -58,7 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     module, _ = COMMANDS[options.command]
     try:
-        import_module(f".{module}", __package__).main(options.arguments)
+        try:
+            command = import_module(f".{module}", __package__)
+        except ModuleNotFoundError as error:
+            raise InputError(f"{options.command} needs {error.name}, which is not installed") from error
+        command.main(options.arguments)
     except (InputError, RunError) as error:
         if options.traceback:
             raise

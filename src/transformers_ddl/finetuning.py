@@ -14,10 +14,10 @@
 """Fine-tuning: a YAML file in; a folder with a model that answers or labels, its evaluation and its model card out."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     DataCollatorWithPadding,
@@ -136,7 +136,6 @@ def finetune(run: FinetuningRun) -> str | None:
     report = print if run.training.process_index == 0 else lambda *_: None
     with run.training.main_process_first(desc="reading examples"):  # the others find them in the cache
         corpus = read_examples(run.data)
-    report(f"data: {run.data.source}: {corpus}")
 
     tokenizer = load_tokenizer(run.model.name_or_path)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -144,17 +143,15 @@ def finetune(run: FinetuningRun) -> str | None:
     set_seed(run.training.seed)
     make_trainer = classification_trainer if run.data.task == "classification" else sft_trainer
     trainer = make_trainer(run, corpus, tokenizer)
-    model = trainer.model
-    report(
-        f"model: {model.num_parameters(only_trainable=True):,} of {model.num_parameters():,} parameters are trained"
-    )
+    report(f"data: {run.data.source}: {corpus}")
+    report(f"model: {trainer.get_num_trainable_parameters():,} parameters are trained")
 
     results = train_and_evaluate(run, trainer)
     if run.data.task == "sft":
         results["perplexity"] = math.exp(results["eval_loss"])
     else:
-        labels = np.bincount(corpus.held_out["label"])
-        results["commonest_label"] = labels.max() / labels.sum()
+        (_, most), *_ = Counter(corpus.held_out["label"]).most_common()
+        results["commonest_label"] = most / len(corpus.held_out)
     save(run, trainer)
     if trainer.is_world_process_zero():
         card = finetuned_card(trainer, run.data.source, measured(results), run.card)
@@ -195,6 +192,15 @@ def sft_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTrainedTokeniz
             callbacks=[BatchSize(sequences_per_step(run.training))],
         )
         check_repository(trainer)
+    if not run.training.packing:  # `max_length` may have cut off all answers of an example, which TRL then leaves out
+        before = len(corpus.train) + len(corpus.held_out)
+        corpus.train, corpus.held_out = trainer.train_dataset, trainer.eval_dataset
+        if left_out := before - len(corpus.train) - len(corpus.held_out):
+            corpus.skipped["without an answer in the first training.max_length tokens"] = left_out
+        if not len(corpus.train) or not len(corpus.held_out):
+            raise InputError(
+                f"training.max_length: {run.training.max_length} leaves too few examples ({corpus}); allowed: more"
+            )
     return trainer
 
 

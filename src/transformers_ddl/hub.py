@@ -43,7 +43,7 @@ LEFT_OUT = [
     "trainer_state.json",
     "stream.jsonl",
     "samples/",
-    "training_args.bin",
+    "*training_args.bin",
     "runs/",
     "logs/",
     "*.log",
@@ -51,6 +51,7 @@ LEFT_OUT = [
     "*__pycache__/",
     ".*",
     "*/.*",
+    "*/README.md",
 ]
 
 

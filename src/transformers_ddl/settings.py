@@ -82,7 +82,8 @@ RESERVED_FIELDS = {
     "data": {},
     "tokenizer": {},
     "model": dict.fromkeys(("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"), "the tokenizer")
-    | dict.fromkeys(("num_labels", "id2label", "label2id"), "the data"),
+    | dict.fromkeys(("num_labels", "id2label", "label2id"), "the data")
+    | {"use_cache": "the command"},
     "training": dict.fromkeys(
         (
             "batch_eval_metrics",
@@ -98,6 +99,8 @@ RESERVED_FIELDS = {
         ),
         "the command",
     )
+    | dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), "the tokenizer")
+    | dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "model.name")
     | {"hub_token": "`hf auth login` or HF_TOKEN"},  # settings go into files that are pushed
     "lora": dict.fromkeys(("task_type", "inference_mode"), "the task"),
     "card": {},
@@ -225,7 +228,10 @@ def read_config(name: str | None = None, **fields) -> DDLConfig:
     """The configuration of a new model, or of the model `name` with other values of some fields."""
     if name is None:
         return DDLConfig(**fields)
-    saved, _ = DDLConfig.get_config_dict(name)
+    try:
+        saved, _ = DDLConfig.get_config_dict(name)
+    except OSError as error:
+        raise ValueError(f"cannot load {name!r}: {error}") from error
     if saved.get("model_type") != DDLConfig.model_type:
         raise ValueError(f"{name!r} does not hold a DDL model")
     saved.pop("transformers_version", None)  # or unknown fields would be accepted, as in a file

@@ -77,6 +77,7 @@ FREE_FIELDS = {
     "training.dataloader_num_workers",
     "training.dataloader_persistent_workers",
     "training.dataloader_prefetch_factor",
+    "training.dataset_num_proc",
     "training.disable_tqdm",
     "training.gradient_accumulation_steps",
     "training.output_dir",  # the same folder has many paths
@@ -280,7 +281,9 @@ def load_model(model_class: type[PreTrainedModel], config: DDLConfig) -> PreTrai
         raise InputError(f"model: cannot load {name!r} with these settings: {error}") from error
     missing = sorted(key for key in loaded["missing_keys"] if key.startswith(f"{model.base_model_prefix}."))
     if missing:
-        raise InputError(f"model: {name!r} has no weights {', '.join(missing)}, which these settings ask for")
+        raise InputError(
+            f"model: {name!r} lacks {len(missing)} weights that these settings ask for, the first is {missing[0]}"
+        )
     return model
 
 
@@ -353,7 +356,6 @@ def check_repository(trainer: Trainer):
 def train_and_evaluate(run: Run, trainer: ResumableTrainer) -> dict[str, float]:
     """Trains from the last complete checkpoint to the end; the model can then be saved. Returns Trainer's metrics."""
     config = trainer.model.config
-    use_cache = config.use_cache
     if trainer.is_world_process_zero():
         folder = Path(run.training.output_dir)
         write_atomically(folder / RUN_FILE, yaml.safe_dump(run.settings, sort_keys=False))
@@ -361,7 +363,7 @@ def train_and_evaluate(run: Run, trainer: ResumableTrainer) -> dict[str, float]:
             config.save_pretrained(folder)  # with the code, which Trainer leaves out when it pushes a checkpoint
     train_from_last_checkpoint(trainer)
     metrics = trainer.evaluate()
-    config.use_cache = use_cache  # Trainer turned it off, and generating without is slow
+    config.use_cache = True  # Trainer turned it off, and generating without is slow
     trainer.args.push_to_hub = False  # or `save_model` would, before the rest is there and with a card of its own
     return metrics
 

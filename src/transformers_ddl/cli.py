@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Those of the process if None.
 
     Returns:
-        The exit code: 2, with one line on stderr, for input that cannot be used; 1, also with a line, for a failure later on.
+        The exit code: 2, with one line on stderr, for input that cannot be used or a package that is missing; 1, also with a line, for a failure later on.
     """
     parser = argparse.ArgumentParser(
         prog="transformers-ddl",
@@ -58,14 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     module, _ = COMMANDS[options.command]
     try:
-        try:
-            command = import_module(f".{module}", __package__)
-        except ModuleNotFoundError as error:
-            raise InputError(f"{options.command} needs {error.name}, which is not installed") from error
-        command.main(options.arguments)
-    except (InputError, RunError) as error:
+        import_module(f".{module}", __package__).main(options.arguments)
+    except (InputError, RunError, ModuleNotFoundError) as error:
         if options.traceback:
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        return 1 if isinstance(error, RunError) else 2
     return 0

@@ -49,15 +49,15 @@ from .data import (
     IGNORE_INDEX,
     PackedText,
     TextCounts,
-    load_tokenizer,
     pack,
     read_corpus,
-    train_tokenizer,
 )
 from .flops import activation_bytes, count_parameters, state_flops_per_token, training_flops_per_token
+from .inputs import blaming
 from .modeling_ddl import DDLForCausalLM
-from .settings import Run, blaming, read_settings
+from .settings import Run, read_settings
 from .streaming import DocumentStream, StreamedText
+from .tokenization import load_tokenizer, train_tokenizer
 from .trainer import DDLTrainer
 
 

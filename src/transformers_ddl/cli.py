@@ -31,6 +31,7 @@ COMMANDS = {
     "pretrain": ("training", "train a model from scratch, as a YAML file says"),
     "generate": ("generation", "print sampled continuations of prompts"),
     "convert": ("conversion", "turn a checkpoint of the authors' code, or a Llama, into a DDL model"),
+    "compare": ("comparison", "train a grid of methods, each tuned alike, and report the results"),
 }
 
 

@@ -31,7 +31,15 @@ import yaml
 
 from transformers_ddl import DDLForCausalLM, comparison
 from transformers_ddl.cli import main
-from transformers_ddl.comparison import Bench, TokenBlocks, best_trial, initial_weights, prepare_tokens
+from transformers_ddl.comparison import (
+    Bench,
+    MethodRuns,
+    OutOfTime,
+    TokenBlocks,
+    best_trial,
+    initial_weights,
+    prepare_tokens,
+)
 from transformers_ddl.comparison_grid import Grid
 from transformers_ddl.comparison_report import loss_at, mean_and_error, paired_differences, select_results
 from transformers_ddl.tokenization import BOUNDARY_TOKEN
@@ -66,7 +74,7 @@ MEASUREMENTS = {"training_seconds", "tokens_per_second", "git_commit"}
 
 
 def write_inputs(folder):
-    for name, numbers in (("train", range(120)), ("validation", range(120, 138))):
+    for name, numbers in (("train", range(120)), ("validation", range(120, 137))):
         texts = [f"{i} green bottles, hanging on the wall, and {i * i % 97} of them fall." for i in numbers]
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / f"{name}.parquet")
     (folder / "grid.yaml").write_text(yaml.safe_dump(GRID))
@@ -185,6 +193,19 @@ def test_time_limit(workplace, capsys):
     written = {path: path.stat().st_mtime_ns for path in prepare_tokens(grid, workplace).iterdir()}
     assert {path.name for path in written} == {"tokenizer.json", "train.npy", "validation.npy"}
     assert {path: path.stat().st_mtime_ns for path in prepare_tokens(grid, workplace).iterdir()} == written
+
+
+def test_time_of_a_run(finished, workplace):
+    """No run begins that would end after the limit, going by the speed of the method's last result."""
+    grid = Grid.from_yaml("grid.yaml", output=str(finished))
+    runs = MethodRuns(grid, prepare_tokens(grid, finished), deadline=time.time() + 600)
+    before = (finished / "results.jsonl").read_bytes()
+    assert runs.result(run_of(grid))["tokens_per_second"] == runs.tokens_per_second
+    runs.tokens_per_second = 5 * 4 * LENGTH / 1000  # the trial takes 1,000 s
+    (new,) = grid.final_runs("scalar", {"gate_init": 1.0})[:1]
+    with pytest.raises(OutOfTime):
+        runs.result(new)
+    assert (finished / "results.jsonl").read_bytes() == before
 
 
 def test_tune_only(workplace):

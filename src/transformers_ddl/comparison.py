@@ -211,7 +211,6 @@ class Bench:
         )
         self.model = DDLForCausalLM(run.config).to(self.device)
         self.batch_size = run.training_settings.batch_size
-        self.seconds_per_step = 0.0  # not known before the first run
         self.loss = next_token_loss
         if run.training_settings.compile:
             self.loss = torch.compile(next_token_loss, dynamic=False)
@@ -290,7 +289,6 @@ class Bench:
                         "validation_loss": validation_loss,
                     }
                 )
-        self.seconds_per_step = seconds / step
         return {
             "diverged": diverged,
             "validation_loss": None if diverged else validation_loss,
@@ -350,6 +348,7 @@ class MethodRuns:
         self.results = grid.output / RESULTS_FILE
         self.lock = FileLock(grid.output / ".lock")
         self.benches = {}
+        self.tokens_per_second = math.inf  # not known before the first result
 
     def complete(self, method: str, tune_only: bool):
         """
@@ -369,18 +368,26 @@ class MethodRuns:
     def result(self, run: Run) -> dict[str, Any]:
         """The result of a run, which is trained if it is missing."""
         identifier = run.identifier(self.tokens.name)
-        if result := self.find(identifier, run):
-            return result
-        if time.time() > self.deadline:
+        result = self.find(identifier, run) or self.train(identifier, run)
+        self.tokens_per_second = result["tokens_per_second"]
+        return result
+
+    def check_time(self, run: Run):
+        settings = run.training_settings
+        seconds = settings.steps * settings.batch_size * run.config.max_position_embeddings / self.tokens_per_second
+        if time.time() + 1.2 * seconds > self.deadline:  # a fifth is for validations
             raise OutOfTime
+
+    def train(self, identifier: str, run: Run) -> dict[str, Any]:
+        """Trains a run, when it is its turn, and adds its result to the file."""
+        self.check_time(run)
         if run.architecture not in self.benches:
             start = time.perf_counter()
             self.benches[run.architecture] = Bench(run, self.tokens)
             print(f"{run.method}: prepared in {time.perf_counter() - start:.0f} s", flush=True)
         bench, weights = self.benches[run.architecture], initial_weights(run)
         with self.lock:
-            if time.time() + bench.seconds_per_step * run.training_settings.steps > self.deadline:
-                raise OutOfTime
+            self.check_time(run)
             result = {
                 "id": identifier,
                 "method": run.method,

@@ -257,45 +257,40 @@ class Bench:
         )
         batches = self.train_blocks.order(settings.steps * self.batch_size, run.seed).split(self.batch_size)
 
-        curve, seconds, peak_memory, diverged = [], 0.0, 0, False
-        while not diverged and (step := curve[-1]["step"] if curve else 0) < settings.steps:
-            # The GPU is waited for once in a segment
+        tokens_per_step = self.batch_size * self.train_blocks.length
+
+        curve, seconds, peak_memory = [], 0.0, 0
+        for first in range(0, settings.steps, settings.eval_steps):
+            # Inside of a segment, the GPU is never waited for
             self.synchronize()
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             start, losses = time.perf_counter(), []
-            for batch in batches[step : step + settings.eval_steps]:
+            for batch in batches[first : first + settings.eval_steps]:
                 losses.append(self.backward(batch))
                 clip_grad_norm_(self.model.parameters(), 1.0)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
-            train_loss = torch.stack(losses).mean().item()
             self.synchronize()
             seconds += time.perf_counter() - start
             if self.device.type == "cuda":
                 peak_memory = max(peak_memory, torch.cuda.max_memory_allocated())
 
-            step += len(losses)
-            validation_loss = self.validate()
+            step = first + len(losses)
+            train_loss, validation_loss = torch.stack(losses).mean().item(), self.validate()
             diverged = not math.isfinite(train_loss + validation_loss)
-            if not diverged:
-                curve.append(
-                    {
-                        "step": step,
-                        "tokens": step * self.batch_size * self.train_blocks.length,
-                        "seconds": seconds,
-                        "train_loss": train_loss,
-                        "validation_loss": validation_loss,
-                    }
-                )
+            if diverged:
+                break
+            point = {"step": step, "tokens": step * tokens_per_step, "seconds": seconds}
+            curve.append(point | {"train_loss": train_loss, "validation_loss": validation_loss})
         return {
             "diverged": diverged,
             "validation_loss": None if diverged else validation_loss,
             "curve": curve,
-            "tokens": step * self.batch_size * self.train_blocks.length,
+            "tokens": step * tokens_per_step,
             "training_seconds": seconds,
-            "tokens_per_second": step * self.batch_size * self.train_blocks.length / seconds,
+            "tokens_per_second": step * tokens_per_step / seconds,
             "peak_memory_gib": peak_memory / 2**30 if peak_memory else None,
         }
 

@@ -187,7 +187,7 @@ def parameter_groups(model: PreTrainedModel, settings: TrainingSettings) -> list
     decayed = set(decay_parameter_names(model))
     groups = {}
     for name, parameter in model.named_parameters():
-        lr = settings.lr * (settings.branch_lr_factor if part_of(name) == "gates_and_targets" else 1)
+        lr = settings.lr * (settings.branch_lr_factor if part_of(name) == "residual" else 1)
         weight_decay = settings.weight_decay if name in decayed else 0.0
         group = groups.setdefault((lr, weight_decay), {"params": [], "lr": lr, "weight_decay": weight_decay})
         group["params"].append(parameter)

@@ -45,7 +45,7 @@ class TrainingSettings:
         warmup_steps (`int`): Steps of the warm-up, of trials too.
         eval_steps (`int`): Validate after every so many steps and after the last one.
         lr (`float`): Peak learning rate.
-        branch_lr_factor (`float`): Factor on the learning rate of gates and targets.
+        branch_lr_factor (`float`): Factor on the learning rate of gates, targets and connections between channels.
         weight_decay (`float`): That of the weights of linear maps, embeddings excepted.
         compile (`bool`): Whether the model is compiled.
     """

@@ -392,9 +392,10 @@ class DDLTokenConvolution(nn.Module):
     ) -> torch.Tensor:
         """Stores the inputs `[batch, sequence, channels]` in the cache and returns them behind the past ones."""
         if past_key_values.offloading:
-            # Offloading the keys and values of a layer moves its convolution states too
+            # Transformers moves the convolution states of a layer out with its keys and values, but back only before those
+            # are used, and those of static caches not at all
             torch.cuda.current_stream(inputs.device).wait_stream(past_key_values.prefetch_stream)
-            LinearAttentionCacheLayerMixin.prefetch(past_key_values.layers[layer_idx])
+            past_key_values.layers[layer_idx].prefetch()
         return past_key_values.update_conv_state(
             inputs.transpose(1, 2), layer_idx, state_idx=state_idx, conv_kernel_size=self.kernel_size
         ).transpose(1, 2)

@@ -167,7 +167,7 @@ class DDLDeltaResidual(nn.Module):
     def gate(self, context: torch.Tensor) -> torch.Tensor:
         """β `[batch, sequence, steps]` in at least float32, from the normalised context `[batch, sequence, hidden_size]`."""
         if self.config.gate_hidden_size is not None:
-            context = torch.tanh(self.beta_hidden_proj(context))
+            context = torch.tanh(self.beta_hidden_proj(context.to(self.beta_hidden_proj.weight.dtype)))
         # Near 0 and 2 the gate is decided by small differences between logits: they are computed in float32 (§2),
         # unless the weights themselves were cast to less.
         with maybe_autocast(device_type=context.device.type, enabled=False):
@@ -179,7 +179,8 @@ class DDLDeltaResidual(nn.Module):
         config = self.config
         if config.value_activation == "constant":
             return upcast(context).new_full((*context.shape[:-1], self.num_values), config.value_scale)
-        value = upcast(self.value_proj(hidden_states if config.value_input == "residual" else context))
+        source = hidden_states if config.value_input == "residual" else context
+        value = upcast(self.value_proj(source.to(self.value_proj.weight.dtype)))
         if config.value_activation == "sigmoid":
             value = torch.sigmoid(value)
         return config.value_scale * value
@@ -563,7 +564,7 @@ def begin_sublayer(
         weights: of the next sublayer's write.
         history: what it is for the next boundary.
     """
-    if not output_hidden_states and can_fuse(config, state, residual):
+    if not output_hidden_states and can_fuse(config, state, compressor, norm, residual):
         mixing = compressor.mixing() if config.compressor == "channel" else None
         state, context, weights, history = fused_boundary(config, state, write, mixing, norm, residual, history)
         return state, None, context, weights, history
@@ -773,8 +774,11 @@ class DDLModel(DDLPreTrainedModel):
         self.norm = DDLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DDLRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        # Kept in float32 by `from_pretrained(dtype=...)`, and out of quantisation
-        self._keep_in_fp32_modules_strict = ["beta_proj"] if config.has_gates else None
+        if config.has_gates:
+            # Gates and targets are spared by quantisers, which match a name from its start, and kept in float32 by
+            # `from_pretrained(dtype=...)`, for which bfloat16 takes the second list
+            self._keep_in_fp32_modules = [".*attn_residual", ".*mlp_residual"]
+            self._keep_in_fp32_modules_strict = self._keep_in_fp32_modules
 
         # Initialize weights and apply final processing
         self.post_init()

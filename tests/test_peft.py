@@ -11,7 +11,6 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Small models with random weights, shared by the tests."""
 
 """PEFT: adapters on every part of a layer, trained, saved, reloaded and merged."""
 

@@ -29,6 +29,7 @@ class RunError(Exception):
 # Modules with a function `main(arguments: list[str])`, which raises `InputError` for input that cannot be used
 COMMANDS = {
     "pretrain": ("training", "train a model from scratch, as a YAML file says"),
+    "evaluate": ("evaluation", "measure bits per byte of texts, or accuracy on tasks"),
     "generate": ("generation", "print sampled continuations of prompts"),
     "convert": ("conversion", "turn a checkpoint of the authors' code, or a Llama, into a DDL model"),
     "compare": ("comparison", "train a grid of methods, each tuned alike, and report the results"),

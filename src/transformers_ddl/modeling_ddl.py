@@ -385,7 +385,8 @@ class DDLTokenConvolution(nn.Module):
 
         if conv_mask is not None:
             moved_to = moved_to[:, past_length:].view(*moved_to.shape[:1], seq_length, *[1] * (output.dim() - 2))
-            output = torch.take_along_dim(output, moved_to, dim=1)
+            # `torch.take_along_dim` would fix the lengths of programs that `torch.export` makes
+            output = output.gather(1, moved_to.expand(-1, -1, *output.shape[2:]))
         return output.to(input_dtype)
 
     def prepend_past(

@@ -24,7 +24,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.import_utils import is_triton_available
 
 from transformers_ddl import DDLForCausalLM, DDLForSequenceClassification, DDLModel
-from transformers_ddl.data import train_tokenizer
+from transformers_ddl.tokenization import train_tokenizer
 
 
 variants = pytest.mark.parametrize("variant", ["scalar", "cc", "tc", "additive"])

@@ -28,8 +28,8 @@ from lm_eval.__main__ import cli_evaluate
 from lm_eval.tasks import TaskManager
 
 from transformers_ddl.cli import main
-from transformers_ddl.data import train_tokenizer
 from transformers_ddl.evaluation import BitsPerByte
+from transformers_ddl.tokenization import train_tokenizer
 
 
 ROOT = Path(__file__).parents[1]

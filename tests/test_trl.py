@@ -23,7 +23,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from transformers_ddl.data import train_tokenizer
+from transformers_ddl.tokenization import train_tokenizer
 
 
 # Of different lengths, the shortest of fewer tokens than the convolutions have taps

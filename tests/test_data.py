@@ -30,7 +30,8 @@ from transformers import AutoTokenizer, default_data_collator
 
 from transformers_ddl import data
 from transformers_ddl.cli import InputError
-from transformers_ddl.data import DataArguments, pack, read_corpus, train_tokenizer
+from transformers_ddl.data import DataArguments, pack, read_corpus
+from transformers_ddl.tokenization import train_tokenizer
 
 
 AWKWARD_TEXT = "  two\t\r\n<|endoftext|> <|pad|>\x00 naïve 中文 😀\u200d\n\n"

@@ -28,10 +28,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from transformers_ddl.cli import main
-from transformers_ddl.data import load_tokenizer
 from transformers_ddl.examples import ExampleArguments, read_examples
 from transformers_ddl.finetuning import FinetuningRun, sft_trainer
 from transformers_ddl.settings import read_settings
+from transformers_ddl.tokenization import load_tokenizer
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

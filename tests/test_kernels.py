@@ -179,22 +179,30 @@ def test_checkpointing_with_kernels(how, monkeypatch):
 def test_environment_variable_turns_kernels_off(monkeypatch):
     from transformers_ddl.ops_ddl import can_fuse
 
-    config, state = tiny_config(), torch.zeros(1, 1, 3, 20, device=DEVICE)
-    assert can_fuse(config, state, None)
-    assert not can_fuse(config, state.double(), None)
+    model = DDLForCausalLM(tiny_config()).model.to(DEVICE)
+    state, modules = torch.zeros(1, 1, 3, 20, device=DEVICE), (model.readout, model.norm, None)
+    assert can_fuse(model.config, state, *modules)
+    assert not can_fuse(model.config, state.double(), *modules)
     monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "0")
-    assert not can_fuse(config, state, None)
+    assert not can_fuse(model.config, state, *modules)
 
 
-def test_modules_that_are_not_plain_linear_layers_are_not_bypassed():
-    """An adapter around the gate or value map must take part in the forward pass."""
+@pytest.mark.parametrize("change", ["value_proj", "residual", "norm", "compressor", "offload"])
+def test_modules_that_are_wrapped_or_offloaded_are_not_bypassed(change):
+    """An adapter must take part in the forward pass, and offloaded weights must be fetched."""
     from transformers_ddl.ops_ddl import can_fuse
 
-    config, state = tiny_config(), torch.zeros(1, 1, 3, 20, device=DEVICE)
-    residual = DDLForCausalLM(config).model.layers[0].attn_residual
-    assert can_fuse(config, state, residual)
-    residual.value_proj = torch.nn.Sequential(residual.value_proj)
-    assert not can_fuse(config, state, residual)
+    layer = DDLForCausalLM(tiny_config()).model.layers[0].to(DEVICE)
+    modules = {"compressor": layer.compressor, "norm": layer.input_layernorm, "residual": layer.attn_residual}
+    state = torch.zeros(1, 1, 3, 20, device=DEVICE)
+    assert can_fuse(layer.config, state, *modules.values())
+    if change == "value_proj":
+        layer.attn_residual.value_proj = torch.nn.Sequential(layer.attn_residual.value_proj)
+    elif change == "offload":
+        layer.compressor.to("meta")
+    else:
+        modules[change] = torch.nn.Sequential(modules[change])
+    assert not can_fuse(layer.config, state, *modules.values())
 
 
 def test_hidden_states_need_the_pytorch_path(monkeypatch):

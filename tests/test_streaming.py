@@ -22,8 +22,9 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from transformers_ddl.cli import InputError
-from transformers_ddl.data import DataArguments, train_tokenizer
+from transformers_ddl.data import DataArguments
 from transformers_ddl.streaming import DocumentStream, StreamedText
+from transformers_ddl.tokenization import train_tokenizer
 
 
 NUM_A, NUM_B = 53, 17

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Text to blocks of tokens: read documents, hold some out, train or load a tokenizer, pack.
+Text to blocks of tokens: read documents, hold some out, pack.
 
 Every document is accounted for: it is used for training, held out, or counted as skipped with the reason. Everything here is
 deterministic. Tables of documents and tokens are Arrow files in the cache of `datasets`, mapped into memory: they are made once
@@ -24,7 +24,7 @@ import hashlib
 import math
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
@@ -46,8 +46,7 @@ from datasets import (
 )
 from datasets.exceptions import DatasetsError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from .cli import InputError
 
@@ -61,9 +60,6 @@ COMPRESSIONS = {".gz", ".zst"}
 # Not part of the standard library, or not installed with every Python.
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
-# Precedes every document and follows the last one, so it is both the bos and the eos token.
-BOUNDARY_TOKEN = "<|endoftext|>"
-PAD_TOKEN = "<|pad|>"
 IGNORE_INDEX = -100
 
 
@@ -419,49 +415,6 @@ def _load_table(
 
 def _as_documents(rows: dict[str, list], column: str) -> dict[str, list]:
     return {"text": rows[column], "problem": [None] * len(rows[column])}
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """
-    Raises:
-        `InputError`: if there is no such tokenizer, or it has no end-of-sequence token to put between documents.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"tokenizer: cannot load {name!r}: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"tokenizer: {name!r} has no eos token; allowed: a tokenizer with one")
-    return tokenizer
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """
-    Trains a byte-level BPE tokenizer, which encodes any text without loss.
-
-    It puts the boundary token, `bos` and `eos` in one, before a text; pass `split_special_tokens=True` to encode text that
-    may itself contain the special tokens' names.
-
-    Args:
-        texts: What to learn merges from.
-        vocab_size: Tokens including the 256 bytes and the 2 special ones; there are fewer if `texts` offers no more merges.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BOUNDARY_TOKEN, PAD_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOUNDARY_TOKEN} $A", special_tokens=[(BOUNDARY_TOKEN, tokenizer.token_to_id(BOUNDARY_TOKEN))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOUNDARY_TOKEN, eos_token=BOUNDARY_TOKEN, pad_token=PAD_TOKEN
-    )
 
 
 class Blocks(torch.utils.data.Dataset):

@@ -32,10 +32,12 @@ from trl import SFTConfig, SFTTrainer, is_conversational
 from .cards import CardArguments, finetuned_card
 from .cli import InputError
 from .configuration_ddl import DDLConfig
-from .data import Corpus, load_tokenizer
+from .data import Corpus
 from .examples import ExampleArguments, read_examples
+from .inputs import blaming
 from .modeling_ddl import DDLForCausalLM, DDLForSequenceClassification
-from .settings import Settings, blaming, build_sections, read_settings
+from .settings import Settings, build_sections, read_settings
+from .tokenization import load_tokenizer
 from .trainer import ResumableTrainer
 from .training import (
     BatchSize,

@@ -15,9 +15,22 @@
 
 import argparse
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .cli import InputError
+
+
+def load_model(name: str, **options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    A model, loaded with `options`, and its tokenizer.
+
+    Raises:
+        `InputError`: if there are none of that name, or they cannot be loaded.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model: cannot load {name!r}: {error}") from error
 
 
 def main(arguments: list[str]):
@@ -34,12 +47,7 @@ def main(arguments: list[str]):
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = AutoModelForCausalLM.from_pretrained(options.model)
-    except (OSError, ValueError) as error:
-        raise InputError(f"model: cannot load {options.model!r}: {error}") from error
-
+    model, tokenizer = load_model(options.model)
     set_seed(options.seed)
     for prompt in options.prompts:
         inputs = tokenizer(prompt, return_tensors="pt")

@@ -167,7 +167,7 @@ class DDLDeltaResidual(nn.Module):
     def gate(self, context: torch.Tensor) -> torch.Tensor:
         """β `[batch, sequence, steps]` in at least float32, from the normalised context `[batch, sequence, hidden_size]`."""
         if self.config.gate_hidden_size is not None:
-            context = torch.tanh(self.beta_hidden_proj(context))
+            context = torch.tanh(self.beta_hidden_proj(context.to(self.beta_hidden_proj.weight.dtype)))
         # Near 0 and 2 the gate is decided by small differences between logits: they are computed in float32 (§2),
         # unless the weights themselves were cast to less.
         with maybe_autocast(device_type=context.device.type, enabled=False):
@@ -179,7 +179,8 @@ class DDLDeltaResidual(nn.Module):
         config = self.config
         if config.value_activation == "constant":
             return upcast(context).new_full((*context.shape[:-1], self.num_values), config.value_scale)
-        value = upcast(self.value_proj(hidden_states if config.value_input == "residual" else context))
+        source = hidden_states if config.value_input == "residual" else context
+        value = upcast(self.value_proj(source.to(self.value_proj.weight.dtype)))
         if config.value_activation == "sigmoid":
             value = torch.sigmoid(value)
         return config.value_scale * value
@@ -384,7 +385,8 @@ class DDLTokenConvolution(nn.Module):
 
         if conv_mask is not None:
             moved_to = moved_to[:, past_length:].view(*moved_to.shape[:1], seq_length, *[1] * (output.dim() - 2))
-            output = torch.take_along_dim(output, moved_to, dim=1)
+            # `torch.take_along_dim` would fix the lengths of programs that `torch.export` makes
+            output = output.gather(1, moved_to.expand(-1, -1, *output.shape[2:]))
         return output.to(input_dtype)
 
     def prepend_past(
@@ -392,9 +394,10 @@ class DDLTokenConvolution(nn.Module):
     ) -> torch.Tensor:
         """Stores the inputs `[batch, sequence, channels]` in the cache and returns them behind the past ones."""
         if past_key_values.offloading:
-            # Offloading the keys and values of a layer moves its convolution states too
+            # Transformers moves the convolution states of a layer out with its keys and values, but back only before those
+            # are used, and those of static caches not at all
             torch.cuda.current_stream(inputs.device).wait_stream(past_key_values.prefetch_stream)
-            LinearAttentionCacheLayerMixin.prefetch(past_key_values.layers[layer_idx])
+            past_key_values.layers[layer_idx].prefetch()
         return past_key_values.update_conv_state(
             inputs.transpose(1, 2), layer_idx, state_idx=state_idx, conv_kernel_size=self.kernel_size
         ).transpose(1, 2)
@@ -562,7 +565,7 @@ def begin_sublayer(
         weights: of the next sublayer's write.
         history: what it is for the next boundary.
     """
-    if not output_hidden_states and can_fuse(config, state, residual):
+    if not output_hidden_states and can_fuse(config, state, compressor, norm, residual):
         mixing = compressor.mixing() if config.compressor == "channel" else None
         state, context, weights, history = fused_boundary(config, state, write, mixing, norm, residual, history)
         return state, None, context, weights, history
@@ -772,8 +775,11 @@ class DDLModel(DDLPreTrainedModel):
         self.norm = DDLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = DDLRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        # Kept in float32 by `from_pretrained(dtype=...)`, and out of quantisation
-        self._keep_in_fp32_modules_strict = ["beta_proj"] if config.has_gates else None
+        if config.has_gates:
+            # Gates and targets are spared by quantisers, which match a name from its start, and kept in float32 by
+            # `from_pretrained(dtype=...)`, for which bfloat16 takes the second list
+            self._keep_in_fp32_modules = [".*attn_residual", ".*mlp_residual"]
+            self._keep_in_fp32_modules_strict = self._keep_in_fp32_modules
 
         # Initialize weights and apply final processing
         self.post_init()

@@ -35,16 +35,21 @@ def load_kernels():
         from .ops_triton_ddl import boundary_op  # noqa: F401
 
 
-def can_fuse(config: PreTrainedConfig, state: torch.Tensor, residual: nn.Module | None) -> bool:
+def can_fuse(
+    config: PreTrainedConfig, state: torch.Tensor, compressor: nn.Module, norm: nn.Module, residual: nn.Module | None
+) -> bool:
     """
-    Whether the fused kernels can compute the boundary before a sublayer: with Triton, on a GPU, for a state
-    `[batch, sequence, n, hidden_size]` in float32, bfloat16 or float16, one write of rank 1 without an anchor, compression over
-    channels, and gate and value maps that are plain linear layers (not wrapped by an adapter, say). The environment variable
-    `TRANSFORMERS_DDL_KERNELS` overrides the device: 0 always takes the PyTorch path, 1 takes the kernels on a CPU too
-    (Triton's interpreter).
+    Whether the fused kernels, which read the weights of modules without calling them, can compute the boundary before a
+    sublayer: with Triton, on a GPU, for a state `[batch, sequence, n, hidden_size]` in float32, bfloat16 or float16, one
+    write of rank 1 without an anchor, compression over channels, and modules that are what they were made as (not wrapped
+    by an adapter, nor their weights offloaded). Programs that `torch.export` makes have none, so that they can run
+    anywhere. The environment variable `TRANSFORMERS_DDL_KERNELS` overrides the device: 0 always takes the PyTorch path, 1
+    takes the kernels on a CPU too (Triton's interpreter).
     """
     kernels = os.environ.get("TRANSFORMERS_DDL_KERNELS", "auto")
     if kernels == "0" or not TRITON_AVAILABLE or not (state.is_cuda or kernels == "1"):
+        return False
+    if torch.compiler.is_exporting():
         return False
     if config.residual_type not in ("delta", "write_only", "expanded_additive") or config.compressor == "token":
         return False
@@ -52,10 +57,16 @@ def can_fuse(config: PreTrainedConfig, state: torch.Tensor, residual: nn.Module 
         return False
     if state.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    if residual is None or not config.has_gates:
-        return True
-    linears = [module for name, module in residual.named_children() if name in ("beta_proj", "value_proj")]
-    return config.gate_hidden_size is None and all(type(module) is nn.Linear for module in linears)
+    maps = []
+    if residual is not None and config.has_gates:
+        maps = list(residual.children())
+        if config.gate_hidden_size is not None or any(type(module) is not nn.Linear for module in maps):
+            return False
+    # What wraps a module has it as a child
+    return all(
+        not any(module.children()) and all(parameter.device == state.device for parameter in module.parameters())
+        for module in (compressor, norm, *maps)
+    )
 
 
 def fused_boundary(

@@ -22,21 +22,20 @@ the values that they have there.
 
 import difflib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypedDict, get_args, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import validate_typed_dict
-from huggingface_hub.errors import HTTPError, StrictDataclassError, StrictDataclassFieldValidationError
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import TrainingArguments
 
 from .cards import CardArguments
 from .cli import InputError
 from .configuration_ddl import DDLConfig
 from .data import DataArguments
+from .inputs import YamlLoader, blaming, read_yaml
 
 
 @dataclass
@@ -109,20 +108,6 @@ RESERVED_FIELDS = {
 Settings = dict[str, dict[str, Any]]  # section: field: value
 
 
-class YamlLoader(yaml.SafeLoader):
-    """Reads `1e-3` as a number and `no` as a string, as YAML 1.2 does; PyYAML follows YAML 1.1, which does neither."""
-
-
-YamlLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-YamlLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), "tTfF")
-YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), "-+.0123456789"
-)
-
-
 def read_settings(paths: list[str | Path], overrides: list[str]) -> Settings:
     """
     Reads YAML files, of which the later ones add fields to those before or replace them, and sets the fields named by
@@ -133,10 +118,7 @@ def read_settings(paths: list[str | Path], overrides: list[str]) -> Settings:
     """
     settings = {}
     for path in paths:
-        try:
-            sections = yaml.load(Path(path).read_text(encoding="utf-8"), YamlLoader)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"cannot read {str(path)!r}: {error}") from error
+        sections = read_yaml(path)
         if not isinstance(sections, dict) or not all(isinstance(values, dict) for values in sections.values()):
             raise InputError(f"{str(path)!r} has fields outside sections; allowed: sections, each with its fields")
         for section, values in sections.items():
@@ -256,12 +238,3 @@ def _check_fields(section: str, section_class: type, values: dict[str, Any]):
     required = REQUIRED_FIELDS.get(section)
     if required is not None and required not in values:
         raise InputError(f"{section}.{required}: missing; every run must say it")
-
-
-@contextmanager
-def blaming(section: str) -> Iterator[None]:
-    """Turns what a class raises about the values of a section into an `InputError` that names the section."""
-    try:
-        yield
-    except (HTTPError, ImportError, OSError, StrictDataclassError, TypeError, ValueError) as error:
-        raise InputError(f"{section}: {error}") from error

@@ -53,16 +53,16 @@ from .data import (
     DocumentCounts,
     PackedText,
     TextCounts,
-    load_tokenizer,
     pack,
     read_corpus,
-    train_tokenizer,
 )
 from .flops import activation_bytes, count_parameters, state_flops_per_token, training_flops_per_token
 from .hub import push
+from .inputs import blaming
 from .modeling_ddl import DDLForCausalLM
-from .settings import Run, TokenizerArguments, blaming, read_settings
+from .settings import Run, TokenizerArguments, read_settings
 from .streaming import DocumentStream, StreamedText
+from .tokenization import load_tokenizer, train_tokenizer
 from .trainer import DDLTrainer, ResumableTrainer
 
 

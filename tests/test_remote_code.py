@@ -23,7 +23,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_tokens, tiny_config, tiny_model
-from huggingface_hub import RepoUrl
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.import_utils import is_triton_available
@@ -231,17 +230,3 @@ def test_saves_its_code(tmp_path):
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
         assert {name.split(".")[0] + ".py" for name in auto_map.values()} <= set(CODE)
         assert {name.split(".")[1] for name in auto_map.values()} == {"DDLConfig", *CHECKPOINTS.values()}
-
-
-def test_pushes_a_configuration_with_its_code(tmp_path, monkeypatch):
-    pushed = {}
-
-    def upload(self, working_dir, repo_id, files_timestamps, **kwargs):
-        pushed[repo_id] = set(os.listdir(working_dir)) - set(files_timestamps)
-
-    monkeypatch.setattr(transformers_ddl.DDLConfig, "_upload_modified_files", upload)
-    monkeypatch.setattr(
-        "huggingface_hub.HfApi.create_repo", lambda self, repo_id, **kwargs: RepoUrl(f"user/{repo_id}")
-    )
-    tiny_config().save_pretrained(tmp_path / "small", push_to_hub=True)
-    assert pushed["user/small"] >= {"config.json", *CODE}

@@ -284,7 +284,7 @@ def test_runs_are_reproducible(workplace):
     "overrides, message",
     [
         # Settings
-        (["--models.hidden_size", "8"], "models: unknown section; allowed: data, tokenizer, model, training"),
+        (["--models.hidden_size", "8"], "models: unknown section; allowed: data, tokenizer, model, training, card"),
         (["--data.sauce", "x"], "data.sauce: unknown field; allowed, among others: source"),
         (
             ["--training.learning_rat", "1"],
@@ -372,7 +372,7 @@ def test_unusable_input(workplace, capsys, overrides, message):
         ("data: {source: [", "cannot read 'other.yaml': while parsing"),
         (
             "just text",
-            "'other.yaml' has fields outside sections; allowed: the sections data, tokenizer, model, training",
+            "'other.yaml' has fields outside sections; allowed: the sections data, tokenizer, model, training, card",
         ),
         ("max_steps: 3", "'other.yaml' has fields outside sections"),
         ("{data: {source: corpus.txt}, training: {output_dir: out}}", "tokenizer: one of vocab_size (to train a"),

@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": ("evaluation", "measure bits per byte of texts, or accuracy on tasks"),
     "generate": ("generation", "print sampled continuations of prompts"),
     "convert": ("conversion", "turn a checkpoint of the authors' code, or a Llama, into a DDL model"),
+    "push": ("hub", "upload a finished model to the Hugging Face Hub"),
     "compare": ("comparison", "train a grid of methods, each tuned alike, and report the results"),
 }
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HTTPError, StrictDataclassError
 
 from .cli import InputError
 
@@ -55,5 +55,5 @@ def blaming(section: str) -> Iterator[None]:
     """Turns what a class raises about the values of a section into an `InputError` that names the section."""
     try:
         yield
-    except (ImportError, OSError, StrictDataclassError, TypeError, ValueError) as error:
+    except (HTTPError, ImportError, OSError, StrictDataclassError, TypeError, ValueError) as error:
         raise InputError(f"{section}: {error}") from error

@@ -15,7 +15,8 @@
 The settings of a run: a YAML file and command-line overrides, checked before any data is read or anything written.
 
 The YAML has a section per concern, `data` ([`DataArguments`]), `tokenizer` ([`TokenizerArguments`]), `model`
-([`DDLConfig`]) and `training` ([`~transformers.TrainingArguments`]), whose fields are those classes' own.
+([`DDLConfig`]), `training` ([`~transformers.TrainingArguments`]) and, if wanted, `card` ([`CardArguments`]), whose fields are
+those classes' own.
 """
 
 import difflib
@@ -29,6 +30,7 @@ from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import TrainingArguments
 
+from .cards import CardArguments
 from .cli import InputError
 from .configuration_ddl import DDLConfig
 from .data import DataArguments
@@ -65,7 +67,13 @@ class TokenizerArguments:
         return -(-num_tokens // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
 
-SECTIONS = {"data": DataArguments, "tokenizer": TokenizerArguments, "model": DDLConfig, "training": TrainingArguments}
+SECTIONS = {
+    "data": DataArguments,
+    "tokenizer": TokenizerArguments,
+    "model": DDLConfig,
+    "training": TrainingArguments,
+    "card": CardArguments,
+}
 REQUIRED_FIELDS = {"data": "source", "training": "output_dir"}
 # Fields that would have no effect, or contradict what the pretraining does, and who decides instead.
 RESERVED_FIELDS = {
@@ -88,7 +96,9 @@ RESERVED_FIELDS = {
             "resume_from_checkpoint",
         ),
         "the pretraining",
-    ),
+    )
+    | {"hub_token": "`hf auth login` or HF_TOKEN"},  # settings go into files that are pushed
+    "card": {},
 }
 
 Settings = dict[str, dict[str, Any]]  # section: field: value
@@ -140,6 +150,7 @@ class Run:
     tokenizer: TokenizerArguments
     model: DDLConfig
     training: TrainingArguments
+    card: CardArguments
     settings: Settings
 
     @classmethod

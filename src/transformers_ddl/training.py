@@ -27,7 +27,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from matplotlib.figure import Figure
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -43,6 +43,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from .cards import pretrained_card
 from .checkpoints import last_complete_checkpoint, write_atomically
 from .cli import InputError, RunError
 from .data import (
@@ -53,6 +54,7 @@ from .data import (
     read_corpus,
 )
 from .flops import activation_bytes, count_parameters, state_flops_per_token, training_flops_per_token
+from .hub import push
 from .inputs import blaming
 from .modeling_ddl import DDLForCausalLM
 from .settings import Run, read_settings
@@ -61,8 +63,6 @@ from .tokenization import load_tokenizer, train_tokenizer
 from .trainer import DDLTrainer
 
 
-# In a checkout they lie beside `src`, in an installed package inside it (setup.cfg)
-CARD_TEMPLATES = next(folder / "model_cards" for folder in Path(__file__).parents if (folder / "model_cards").is_dir())
 RUN_FILE = "run.yaml"
 RESULTS_FILE = "eval_results.json"
 COUNTS_FILE = "text_counts.json"
@@ -110,7 +110,9 @@ def main(arguments: list[str]):
         print(f"{run.training.output_dir} holds this very run, finished; delete the folder to repeat it.")
     else:
         with explaining_failures(Path(run.training.output_dir)):
-            pretrain(run)
+            repo_id = pretrain(run)
+        if repo_id is not None:
+            push(Path(run.training.output_dir), repo_id, revision=run.training.hub_revision)
     if run.training.process_index == 0:
         results = json.loads(Path(run.training.output_dir, RESULTS_FILE).read_text())
         print(
@@ -228,10 +230,13 @@ def read_text(run: Run) -> Text:
     return Text(tokenizer, train.blocks, held_out, TextCounts(corpus.counts, train.num_tokens, train.num_bytes))
 
 
-def pretrain(run: Run):
+def pretrain(run: Run) -> str | None:
     """
     Makes or loads a tokenizer, trains a model and fills the output folder; continues from its last complete checkpoint if it
     has one. The process may be killed at any moment: the same call then goes on from there.
+
+    Returns:
+        The repository on the Hub that the output folder is still to be pushed to, if any; by the main process alone.
 
     Raises:
         `InputError`: if the data or the training arguments cannot be used; then nothing has been written.
@@ -271,6 +276,8 @@ def pretrain(run: Run):
             compute_metrics=mean_loss,
             callbacks=[SampleCallback(), BatchSize(sequences_per_step(run.training))],
         )
+        if trainer.hub_model_id is not None:
+            HfApi().auth_check(trainer.hub_model_id, write=True)  # Trainer is content with one that can be read
     progress = SpeedProgressCallback()
     if not run.training.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
@@ -280,20 +287,24 @@ def pretrain(run: Run):
     with closing(progress):
         if trainer.is_world_process_zero():
             write_atomically(folder / RUN_FILE, yaml.safe_dump(run.settings, sort_keys=False))
+            if trainer.hub_model_id is not None:
+                config.save_pretrained(folder)  # with the code, which Trainer leaves out when it pushes a checkpoint
         train_from_last_checkpoint(trainer)
         results = evaluate(trainer, text.held_out)
 
         config.use_cache = use_cache  # Trainer turned it off, and generating without is slow
+        trainer.args.push_to_hub = False  # or `save_model` would, before the rest is there and with a card of its own
         trainer.save_model()
         if not trainer.is_world_process_zero():
-            return
+            return None
         if text.counts is None:
             text.counts = text.train.count_text(blocks_seen(trainer))
             report(f"data: {run.data.name}: {text.counts.documents}")
         write_atomically(folder / COUNTS_FILE, json.dumps(asdict(text.counts), indent=4))
         plot_loss(trainer.state.log_history, folder / "loss.png")
-        write_model_card(folder / "README.md", run, text.counts, trainer, results)
+        pretrained_card(run, text.counts, trainer, results).save(folder / "README.md")
         write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=4, sort_keys=True))  # the run is finished
+    return trainer.hub_model_id
 
 
 def sequences_per_step(args: TrainingArguments) -> int:
@@ -452,44 +463,3 @@ def plot_loss(log_history: list[dict[str, float]], path: Path):
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-
-
-def write_model_card(
-    path: Path,
-    run: Run,
-    train: TextCounts,
-    trainer: Trainer,
-    results: dict[str, float],
-):
-    """Renders the template of model cards with what was run and measured."""
-    name = path.resolve().parent.name
-    eval_results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=run.data.name,
-            dataset_name=f"{run.data.name} (held-out documents)",
-            metric_type=metric,
-            metric_value=results[metric],
-        )
-        for metric in ("bits_per_byte", "perplexity")
-    ]
-    card = ModelCard.from_template(
-        card_data=ModelCardData(
-            library_name="transformers",
-            pipeline_tag="text-generation",
-            tags=["deep-delta-learning"],
-            model_name=name,
-            eval_results=eval_results,
-        ),
-        template_path=CARD_TEMPLATES / "pretrained.md",
-        block_size=run.model.max_position_embeddings,
-        corpus=train.documents,
-        name=name,
-        num_parameters=trainer.model.num_parameters(),
-        results=results,
-        settings=yaml.safe_dump(run.settings, sort_keys=False),
-        source=run.data.name,
-        state=trainer.state,
-        train=train,
-    )
-    card.save(path)

@@ -14,6 +14,7 @@
 """Parallel plans fit the model, and two processes train as one does, however the work is shared between them."""
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,11 @@ def train(models, tmp_path_factory):
             command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", folder / "config.yaml"]
             worker = Path(__file__).parent / "parallel_worker.py"
             process = subprocess.run(
-                [*command, worker, parallelism, models, folder / "result.pt"], capture_output=True, text=True
+                [*command, worker, parallelism, models, folder / "result.pt"],
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+                capture_output=True,
+                text=True,
+                timeout=300,
             )
             assert process.returncode == 0, process.stderr
             results[config, parallelism] = torch.load(folder / "result.pt")

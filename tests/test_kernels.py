@@ -31,6 +31,8 @@ VARIANTS = {
     "write-only": {"residual_type": "write_only"},
     "scalar-write-only": {"residual_type": "write_only", "num_value_channels": 1},
     "expanded-additive": {"residual_type": "expanded_additive"},
+    "anchored": {"value_anchor": 0.5},
+    "scalar-anchored": {"num_value_channels": 1, "value_anchor": 1.0},
 }
 
 
@@ -104,7 +106,7 @@ def boundary(state, direction, target, gate, dtype):
         outputs = [new_state, context, new_target, new_gate]
     else:
         options = (1e-5, 1e-5, 4.0, VALUE_ACTIVATIONS["sigmoid"], False, True, True)
-        outputs = boundary_op(*inputs[:4], None, *inputs[4:], state, [], *options)[:4]
+        outputs = boundary_op(*inputs[:4], None, None, *inputs[4:], state, [], *options)[:4]
     generator = torch.Generator().manual_seed(3)
     cotangents = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
     gradients = torch.autograd.grad(outputs, inputs, cotangents)
@@ -152,7 +154,7 @@ def test_operator_registrations():
     state = torch.randn(3, 2, 16, device=DEVICE, requires_grad=True)
     per_token = [torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((3, 16), (3, 2), (3,))]
     maps = [torch.randn(*shape, device=DEVICE) for shape in ((2, 16), (16,), (2, 16), (2,), (16,), (1,))]
-    args = (state, *per_token, None, *maps, state.detach(), [], 1e-5, 1e-5, 4.0, 1, False, True, True)
+    args = (state, *per_token, None, None, *maps, state.detach(), [], 1e-5, 1e-5, 4.0, 1, False, True, True)
     torch.library.opcheck(
         boundary_op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
     )

@@ -343,7 +343,9 @@ class MethodRuns:
         self.results = grid.output / RESULTS_FILE
         self.lock = FileLock(grid.output / ".lock")
         self.benches = {}
-        self.tokens_per_second = math.inf  # not known before the first result
+        # Before its first result, a method is taken to be as slow as the slowest so far
+        results = read_results(self.results) if self.results.exists() else []
+        self.tokens_per_second = min((result["tokens_per_second"] for result in results), default=math.inf)
 
     def complete(self, method: str, tune_only: bool):
         """

@@ -252,6 +252,26 @@ class DDLConfig(LlamaConfig):
         return self.residual_type in ("hyper_connections", "manifold_hyper_connections")
 
     @property
+    def base_model_pp_plan(self) -> dict[str, tuple[list[str], list[str]]]:
+        """
+        Per child of the base model in order of execution, what goes in and what comes out. A stage of a pipeline hands on
+        the state `[batch, sequence, n, hidden_size]` with the write that is still to be made into it (see
+        `DDLDecoderLayer`), and the last stage makes the last write before the readout.
+        """
+        plan = {"embed_tokens": (["input_ids"], ["inputs_embeds"])}
+        if self.embedding_conv:
+            plan["embedding_conv"] = (["inputs_embeds"], ["state"])
+        plan["layers"] = (["state", "write", "attention_mask"], ["state", "write"])
+        plan["readout"] = (["state"], ["hidden_states"])
+        plan["norm"] = (["hidden_states"], ["hidden_states"])
+        return plan
+
+    @property
+    def logit_scale(self) -> float | int:
+        """`logits_scale` under the name by which serving engines, which apply the head themselves, ask for it."""
+        return 1.0 if self.logits_scale is None else self.logits_scale
+
+    @property
     def num_hidden_states(self) -> int:
         """Entries of `hidden_states`: what every layer reads from the state, and the last hidden state."""
         return self.num_hidden_layers + 1

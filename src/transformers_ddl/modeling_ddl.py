@@ -618,7 +618,8 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
         """
         Takes the state `[batch, sequence, n, hidden_size]` and the write that is still to be made into it: the output of the
         sublayer before, `[batch, sequence, hidden_size]`, and what its residual returned. Returns the state, what the layer
-        read from it, `[batch, sequence, hidden_size]` (its entry in `hidden_states`), `history`, and its own last write.
+        read from it, `[batch, sequence, hidden_size]` (its entry in `hidden_states`; None unless these are asked for),
+        `history`, and its own last write.
         """
         # Checkpointing stores what goes into a layer: the state alone is enough
         if self.gradient_checkpointing and self.training:
@@ -665,6 +666,9 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
             state_idx=1,
             **read_kwargs,
         )
+        # What is read may be a view of the state, of which FSDP2 warns when a layer returns it
+        if not output_hidden_states:
+            layer_input = None
         return state, layer_input, history, self.mlp(context), *weights
 
 
@@ -762,6 +766,12 @@ class DDLModel(DDLPreTrainedModel):
 
     def __init__(self, config: DDLConfig):
         super().__init__(config)
+        # Serving engines keep keys and values for attention, but no inputs of convolutions: they would be wrong silently
+        if config.number_of_conv_states > 0 and config._attn_implementation in ("vllm", "sglang"):
+            raise ValueError(
+                f"{config._attn_implementation} cannot serve a model with convolutions over tokens; allowed: "
+                "num_value_channels=1, or compressor='channel' with embedding_conv=False"
+            )
         load_kernels()
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size

@@ -41,7 +41,7 @@ def can_fuse(
     """
     Whether the fused kernels, which read the weights of modules without calling them, can compute the boundary before a
     sublayer: with Triton, on a GPU, for a state `[batch, sequence, n, hidden_size]` in float32, bfloat16 or float16, one
-    write of rank 1 without an anchor, compression over channels, and modules that are what they were made as (not wrapped
+    write of rank 1, compression over channels, and modules that are what they were made as (not wrapped
     by an adapter, nor their weights offloaded). Programs that `torch.export` makes have none, so that they can run
     anywhere. The environment variable `TRANSFORMERS_DDL_KERNELS` overrides the device: 0 always takes the PyTorch path, 1
     takes the kernels on a CPU too (Triton's interpreter).
@@ -53,7 +53,7 @@ def can_fuse(
         return False
     if config.residual_type not in ("delta", "write_only", "expanded_additive") or config.compressor == "token":
         return False
-    if config.num_delta_steps > 1 or config.value_anchor is not None or config.num_value_channels > MAX_VALUE_CHANNELS:
+    if config.num_delta_steps > 1 or config.num_value_channels > MAX_VALUE_CHANNELS:
         return False
     if state.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
@@ -94,23 +94,27 @@ def fused_boundary(
 
     batch_shape = state.shape[:2]
     state = state.flatten(0, 1).contiguous()
-    direction = target = gate = amplitude = None
+    direction = target = gate = keep = amplitude = None
     if write:
-        direction = write[0].flatten(0, 1).contiguous()
+        direction, weights = write[0].flatten(0, 1).contiguous(), write[1:]
         if config.has_gates:
-            target, gate = write[1].flatten(0, 1).contiguous(), write[2].flatten().contiguous()
+            target, gate, *anchor = weights
+            target, gate = target.flatten(0, 1).contiguous(), gate.flatten().contiguous()
+            if anchor:
+                keep, amplitude = anchor[0].unbind(0)
         else:
-            amplitude = write[1]
+            (amplitude,) = weights
     heads = residual if config.has_gates else None
     value_proj = getattr(heads, "value_proj", None)
-    if not history or len(history) > 1 + 3 * NUM_REPLAYS:
+    if not history or len(history) > 1 + 2 * NUM_REPLAYS:
         history = (state.detach(),)
     snapshot, *replays = history
-    new_state, context, new_target, new_gate, _, written, inv_key_norm, _ = boundary_op(
+    new_state, context, new_target, new_gate, _, written, _, _ = boundary_op(
         state,
         direction,
         target,
         gate,
+        keep,
         amplitude,
         mixing,
         norm.weight,
@@ -134,9 +138,11 @@ def fused_boundary(
     if direction is None:
         new_state = state
     else:
-        history = (*history, direction.detach(), inv_key_norm, written)
+        history = (*history, direction.detach(), written)
     if heads is not None:
         weights = (new_target.unflatten(0, batch_shape), new_gate.unflatten(0, batch_shape).unsqueeze(-1))
+        if config.value_anchor is not None:
+            weights = (*weights, heads.anchor())
     else:
         weights = residual(None, context)
     return new_state.unflatten(0, batch_shape), context, weights, history

@@ -17,9 +17,9 @@ and target that begin the next, so that the state is read once and written once 
 
 Notation of the kernels, per token (d the hidden size, n the number of value channels):
 
-    X [n, d] state, k̃ [d] direction, v [n] target, β gate, a [n] amplitude of the ending sublayer, which writes
-    X ← X + k wᵀ with k = k̃ / ‖k̃‖ and w = β (v − Xᵀk) for the delta residual (ERASE), β v without erasing, and
-    a ‖k̃‖ for the expanded additive one;
+    X [n, d] state, k̃ [d] direction, v [n] target, β gate, a [n] kept share, b [n] amplitude of the ending sublayer, which
+    writes X ← X + k̃ wᵀ with w = β r / ‖k̃‖ + b and r = v − (1 − a) ∘ Xᵀk, k = k̃ / ‖k̃‖: a and b are zero unless the target is
+    anchored, r = v where nothing is erased, and there is b alone in the expanded additive residual;
     C [n, d] mixing of the compressor, g [d] weight of the RMSNorm, (w_b, b_b) gate map, (W_v, b_v) value map of the
     beginning one.
 """
@@ -107,6 +107,14 @@ def subtract(values, others, LENGTH: tl.constexpr):
     results = ()
     for i in tl.static_range(LENGTH):
         results = results + (values[i] - others[i],)
+    return results
+
+
+@triton.jit
+def products(values, others, LENGTH: tl.constexpr):
+    results = ()
+    for i in tl.static_range(LENGTH):
+        results = results + (values[i] * others[i],)
     return results
 
 
@@ -215,6 +223,7 @@ def boundary_forward_kernel(
     direction_ptr,
     target_ptr,
     gate_ptr,
+    keep_ptr,
     amplitude_ptr,
     mixing_ptr,
     norm_weight_ptr,
@@ -243,6 +252,8 @@ def boundary_forward_kernel(
     HAS_WRITE: tl.constexpr,
     HAS_GATE: tl.constexpr,
     ERASE: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    HAS_AMPLITUDE: tl.constexpr,
     STORE_STATE: tl.constexpr,
     HAS_MIXING: tl.constexpr,
     HAS_HEADS: tl.constexpr,
@@ -259,21 +270,23 @@ def boundary_forward_kernel(
             if ERASE:
                 terms = terms + multiply(state, direction, N, NUM_BLOCKS)
             sums = sums_over_features(terms, N + 1 if ERASE else 1, NUM_BLOCKS)
-            key_norm = tl.sqrt(sums[0] + key_eps * key_eps)
-            inv_key_norm = 1.0 / key_norm
-            key = scale(direction, inv_key_norm, NUM_BLOCKS)
+            inv_key_norm = 1.0 / tl.sqrt(sums[0] + key_eps * key_eps)
             write = ()
             for j in tl.static_range(N):
+                weight = 0.0
                 if HAS_GATE:
                     error = tl.load(target_ptr + token * N + j)
                     if ERASE:
                         readout = sums[1 + j] * inv_key_norm
                         tl.store(readout_ptr + token * N + j, readout)
+                        if HAS_KEEP:
+                            readout *= 1.0 - tl.load(keep_ptr + j).to(tl.float32)
                         error -= readout
-                    write = write + (tl.load(gate_ptr + token) * error,)
-                else:
-                    write = write + (tl.load(amplitude_ptr + j).to(tl.float32) * key_norm,)
-            state = add_multiples(state, write, key, N, NUM_BLOCKS)
+                    weight = tl.load(gate_ptr + token) * error * inv_key_norm
+                if HAS_AMPLITUDE:
+                    weight += tl.load(amplitude_ptr + j).to(tl.float32)
+                write = write + (weight,)
+            state = add_multiples(state, write, direction, N, NUM_BLOCKS)
             if STORE_STATE:
                 store_vectors(new_state_ptr + token * (N * D), state, N, D, BLOCK_D, NUM_BLOCKS)
             store_scalars(write_ptr + token * N, write, N)
@@ -319,7 +332,6 @@ def boundary_forward_kernel(
 def replay(
     state,
     direction_ptr,
-    inv_key_norm_ptr,
     write_ptr,
     token,
     N: tl.constexpr,
@@ -327,27 +339,24 @@ def replay(
     BLOCK_D: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
 ):
-    """`X + k wᵀ`."""
+    """`X + k̃ wᵀ`."""
     direction = load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
-    write = scale(load_scalars(write_ptr + token * N, N), tl.load(inv_key_norm_ptr + token), N)
-    return add_multiples(state, write, direction, N, NUM_BLOCKS)
+    return add_multiples(state, load_scalars(write_ptr + token * N, N), direction, N, NUM_BLOCKS)
 
 
 @triton.jit
 def boundary_backward_kernel(
     snapshot_ptr,
     replay0_direction_ptr,
-    replay0_inv_key_norm_ptr,
     replay0_write_ptr,
     replay1_direction_ptr,
-    replay1_inv_key_norm_ptr,
     replay1_write_ptr,
     replay2_direction_ptr,
-    replay2_inv_key_norm_ptr,
     replay2_write_ptr,
     direction_ptr,
     target_ptr,
     gate_ptr,
+    keep_ptr,
     amplitude_ptr,
     readout_ptr,
     inv_key_norm_ptr,
@@ -367,7 +376,7 @@ def boundary_backward_kernel(
     grad_target_ptr,
     grad_gate_ptr,
     grad_rows_ptr,  # per program: [2n + 2, d] sums of the gradients of mixing, value map, norm weight, gate map
-    grad_scalars_ptr,  # per program: [2n + 1] sums of the gradients of value bias, gate bias and amplitude
+    grad_scalars_ptr,  # per program: [3n + 1] sums of the gradients of value bias, gate bias, kept share and amplitude
     num_tokens,
     snapshot_token_stride,
     snapshot_channel_stride,
@@ -381,6 +390,8 @@ def boundary_backward_kernel(
     HAS_WRITE: tl.constexpr,
     HAS_GATE: tl.constexpr,
     ERASE: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    HAS_AMPLITUDE: tl.constexpr,
     HAS_MIXING: tl.constexpr,
     HAS_HEADS: tl.constexpr,
     VALUE_FROM_CONTEXT: tl.constexpr,
@@ -391,9 +402,11 @@ def boundary_backward_kernel(
     sum_norm_weight = zeros(NUM_BLOCKS, BLOCK_D)
     sum_gate_weight = zeros(NUM_BLOCKS, BLOCK_D)
     sum_value_bias = ()
+    sum_keep = ()
     sum_amplitude = ()
     for j in tl.static_range(N):
         sum_value_bias = sum_value_bias + (0.0,)
+        sum_keep = sum_keep + (0.0,)
         sum_amplitude = sum_amplitude + (0.0,)
     sum_gate_bias = 0.0
 
@@ -422,7 +435,6 @@ def boundary_backward_kernel(
             state = replay(
                 state,
                 replay0_direction_ptr,
-                replay0_inv_key_norm_ptr,
                 replay0_write_ptr,
                 token,
                 N,
@@ -434,7 +446,6 @@ def boundary_backward_kernel(
             state = replay(
                 state,
                 replay1_direction_ptr,
-                replay1_inv_key_norm_ptr,
                 replay1_write_ptr,
                 token,
                 N,
@@ -446,7 +457,6 @@ def boundary_backward_kernel(
             state = replay(
                 state,
                 replay2_direction_ptr,
-                replay2_inv_key_norm_ptr,
                 replay2_write_ptr,
                 token,
                 N,
@@ -456,22 +466,24 @@ def boundary_backward_kernel(
             )
         new_state = state
         if HAS_WRITE:
+            direction = load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
             inv_key_norm = tl.load(inv_key_norm_ptr + token)
-            key = scale(
-                load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS), inv_key_norm, NUM_BLOCKS
-            )
-            key_norm = 1.0 / inv_key_norm
+            write = ()
             if HAS_GATE:
                 gate = tl.load(gate_ptr + token)
                 error = load_scalars(target_ptr + token * N, N)
                 if ERASE:
                     readout = load_scalars(readout_ptr + token * N, N)
-                    error = subtract(error, readout, N)
-                write = scale(error, gate, N)
-            else:
+                    erased = readout
+                    if HAS_KEEP:
+                        keep = load_scalars(keep_ptr, N)
+                        erased = subtract(readout, products(keep, readout, N), N)
+                    error = subtract(error, erased, N)
+                write = scale(error, gate * inv_key_norm, N)
+            if HAS_AMPLITUDE:
                 amplitude = load_scalars(amplitude_ptr, N)
-                write = scale(amplitude, key_norm, N)
-            new_state = add_multiples(state, write, key, N, NUM_BLOCKS)
+                write = add(write, amplitude, N) if HAS_GATE else amplitude
+            new_state = add_multiples(state, write, direction, N, NUM_BLOCKS)
 
         # Gate and target → context and hidden
         hidden = sum_of_products(new_state, mixing, N, NUM_BLOCKS) if HAS_MIXING else new_state
@@ -514,25 +526,31 @@ def boundary_backward_kernel(
         else:
             grad_state = add(grad_state, grad_hidden, NUM_BLOCKS)
 
-        # The write (spec §5): p = ∂w = Gᵀk, ∂v = βp, ∂β = p·r, ∂k = Gw − βXp, ∂k̃ = (∂k − k(k·∂k)) / ‖k̃‖,
-        # ∂X = G − βkpᵀ; without erasing, the terms with a β before X or k are absent
+        # The write (spec §5), with p = Gᵀk and q = β (1 − a) ∘ p, which is ‑∂(Xᵀk): ∂v = βp, ∂β = p·r, ∂X = G − k qᵀ,
+        # ∂k̃ = Gw − (Xq + k (β r·p − q·Xᵀk)) / ‖k̃‖, ∂a = β p ∘ Xᵀk, ∂b = Gᵀk̃; without erasing, q = 0
         if HAS_WRITE:
-            projected = sums_over_features(multiply(grad_state, key, N, NUM_BLOCKS), N, NUM_BLOCKS)
-            along_key = dot(projected, write, N)
-            grad_direction = sum_of_multiples(scale(write, inv_key_norm, N), grad_state, N, NUM_BLOCKS)
-            if ERASE:
-                erased = scale(projected, gate, N)
-                along_key -= dot(erased, readout, N)
-                read = sum_of_multiples(scale(erased, -inv_key_norm, N), state, N, NUM_BLOCKS)
-                grad_direction = add(grad_direction, read, NUM_BLOCKS)
-                grad_state = add_multiples(grad_state, scale(erased, -1.0, N), key, N, NUM_BLOCKS)
+            projected = sums_over_features(multiply(grad_state, direction, N, NUM_BLOCKS), N, NUM_BLOCKS)  # ∂w = Gᵀk̃
+            if HAS_AMPLITUDE:
+                sum_amplitude = add(sum_amplitude, projected, N)
+            grad_direction = sum_of_multiples(write, grad_state, N, NUM_BLOCKS)
             if HAS_GATE:
-                store_scalars(grad_target_ptr + token * N, scale(projected, gate, N), N)
+                projected = scale(projected, inv_key_norm, N)
+                grad_target = scale(projected, gate, N)
+                store_scalars(grad_target_ptr + token * N, grad_target, N)
                 tl.store(grad_gate_ptr + token, dot(projected, error, N))
-            else:  # w = a‖k̃‖
-                along_key -= key_norm * dot(projected, amplitude, N)
-                sum_amplitude = add(sum_amplitude, scale(projected, key_norm, N), N)
-            grad_direction = add_multiples(grad_direction, (-inv_key_norm * along_key,), key, 1, NUM_BLOCKS)
+                along_key = dot(grad_target, error, N)
+                if ERASE:
+                    grad_erased = grad_target
+                    if HAS_KEEP:
+                        grad_erased = subtract(grad_target, products(keep, grad_target, N), N)
+                        sum_keep = add(sum_keep, products(grad_target, readout, N), N)
+                    along_key -= dot(grad_erased, readout, N)
+                    grad_erased = scale(grad_erased, -inv_key_norm, N)
+                    read = sum_of_multiples(grad_erased, state, N, NUM_BLOCKS)
+                    grad_direction = add(grad_direction, read, NUM_BLOCKS)
+                    grad_state = add_multiples(grad_state, grad_erased, direction, N, NUM_BLOCKS)
+                factor = -along_key * inv_key_norm * inv_key_norm
+                grad_direction = add_multiples(grad_direction, (factor,), direction, 1, NUM_BLOCKS)
             store_vectors(grad_direction_ptr + token * D, grad_direction, 1, D, BLOCK_D, NUM_BLOCKS)
         store_vectors(grad_state_ptr + token * (N * D), grad_state, N, D, BLOCK_D, NUM_BLOCKS)
 
@@ -541,10 +559,11 @@ def boundary_backward_kernel(
     store_vectors(rows_ptr + N * D, sum_value_weight, N, D, BLOCK_D, NUM_BLOCKS)
     store_vectors(rows_ptr + 2 * N * D, sum_norm_weight, 1, D, BLOCK_D, NUM_BLOCKS)
     store_vectors(rows_ptr + (2 * N + 1) * D, sum_gate_weight, 1, D, BLOCK_D, NUM_BLOCKS)
-    scalars_ptr = grad_scalars_ptr + program * (2 * N + 1)
+    scalars_ptr = grad_scalars_ptr + program * (3 * N + 1)
     store_scalars(scalars_ptr, sum_value_bias, N)
     tl.store(scalars_ptr + N, sum_gate_bias)
-    store_scalars(scalars_ptr + N + 1, sum_amplitude, N)
+    store_scalars(scalars_ptr + N + 1, sum_keep, N)
+    store_scalars(scalars_ptr + 2 * N + 1, sum_amplitude, N)
 
 
 MAX_REPLAYS = 3
@@ -574,10 +593,10 @@ def launch_options(state: torch.Tensor, backward: bool) -> tuple[tuple[int], dic
 
 
 # Every operation takes tokens in one dimension: state `[tokens, n, d]`, direction and context `[tokens, d]`, target
-# `[tokens, n]`, gate `[tokens]`. `direction` is None where there is no write before, target and gate, or amplitude `[n]`, where
-# the write is of the other kind, and the maps of gate and value where no gated sublayer begins. The readout needs no new
-# state (`begins_sublayer`). The backward pass rebuilds the state from `snapshot`, an earlier state, and `replays`,
-# (direction, 1/‖k̃‖, write) of the writes since.
+# `[tokens, n]`, gate `[tokens]`, keep and amplitude `[n]`. `direction` is None where there is no write before, target and gate,
+# keep, amplitude where the write has none, and the maps of gate and value where no gated sublayer begins. The readout needs
+# no new state (`begins_sublayer`). The backward pass rebuilds the state from `snapshot`, an earlier state, and `replays`,
+# direction and w of each write since.
 
 
 @torch.library.custom_op(f"{NAMESPACE}::boundary", mutates_args=())
@@ -586,6 +605,7 @@ def boundary_op(
     direction: torch.Tensor | None,
     target: torch.Tensor | None,
     gate: torch.Tensor | None,
+    keep: torch.Tensor | None,
     amplitude: torch.Tensor | None,
     mixing: torch.Tensor | None,
     norm_weight: torch.Tensor,
@@ -611,11 +631,12 @@ def boundary_op(
     if state.shape[0] > 0:
         grid, sizes = launch_options(state, backward=False)
         boundary_forward_kernel[grid](
-            state, direction, target, gate, amplitude,
+            state, direction, target, gate, keep, amplitude,
             mixing, norm_weight, value_weight, value_bias, gate_weight, gate_bias,
             new_state, context, new_target, new_gate, readout, write, inv_key_norm, rstd,
             state.shape[0], state.stride(0), state.stride(1), key_eps, norm_eps, value_scale,
             HAS_WRITE=direction is not None, HAS_GATE=gate is not None, ERASE=erase,
+            HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None,
             STORE_STATE=begins_sublayer, HAS_MIXING=mixing is not None,
             HAS_HEADS=gate_weight is not None, HAS_VALUE_BIAS=value_bias is not None,
             VALUE_FROM_CONTEXT=value_from_context, VALUE_ACTIVATION=value_activation, **sizes,
@@ -643,7 +664,7 @@ def boundary_outputs(
 
 @boundary_op.register_fake
 def _(state, direction, *args):
-    gate_weight, begins_sublayer = args[7], args[-1]
+    gate_weight, begins_sublayer = args[8], args[-1]
     return boundary_outputs(state, direction, gate_weight, begins_sublayer)
 
 
@@ -654,6 +675,7 @@ def boundary_backward_op(
     direction: torch.Tensor | None,
     target: torch.Tensor | None,
     gate: torch.Tensor | None,
+    keep: torch.Tensor | None,
     amplitude: torch.Tensor | None,
     readout: torch.Tensor,
     inv_key_norm: torch.Tensor,
@@ -675,7 +697,7 @@ def boundary_backward_op(
 ) -> list[torch.Tensor]:
     """
     Returns the gradients of state, direction, target and gate, then in float32 those of mixing, value map, norm weight
-    and gate map as the rows of `[2n + 2, d]` and of value bias, gate bias and amplitude as `[2n + 1]`.
+    and gate map as the rows of `[2n + 2, d]` and of value bias, gate bias, keep and amplitude as `[3n + 1]`.
     """
     num_tokens, n, d = snapshot.shape
     outputs = boundary_backward_outputs(snapshot, direction, target, gate)
@@ -683,14 +705,15 @@ def boundary_backward_op(
         return [output.zero_() for output in outputs]
     grid, sizes = launch_options(snapshot, backward=True)
     grad_rows = snapshot.new_empty(*grid, 2 * n + 2, d, dtype=torch.float32)
-    grad_scalars = snapshot.new_empty(*grid, 2 * n + 1, dtype=torch.float32)
+    grad_scalars = snapshot.new_empty(*grid, 3 * n + 1, dtype=torch.float32)
     boundary_backward_kernel[grid](
-        snapshot, *replays, *[None] * (3 * MAX_REPLAYS - len(replays)), direction, target, gate, amplitude,
+        snapshot, *replays, *[None] * (2 * MAX_REPLAYS - len(replays)), direction, target, gate, keep, amplitude,
         readout, inv_key_norm, mixing, norm_weight, value_weight, gate_weight, rstd, new_target, new_gate,
         grad_new_state, grad_context, grad_new_target, grad_new_gate, *outputs[:4], grad_rows, grad_scalars,
         num_tokens, snapshot.stride(0), snapshot.stride(1), value_scale,
-        NUM_REPLAYS=len(replays) // 3, HAS_GRAD_STATE=grad_new_state is not None, HAS_WRITE=direction is not None,
-        HAS_GATE=gate is not None, ERASE=erase, HAS_MIXING=mixing is not None, HAS_HEADS=gate_weight is not None,
+        NUM_REPLAYS=len(replays) // 2, HAS_GRAD_STATE=grad_new_state is not None, HAS_WRITE=direction is not None,
+        HAS_GATE=gate is not None, ERASE=erase, HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None,
+        HAS_MIXING=mixing is not None, HAS_HEADS=gate_weight is not None,
         VALUE_FROM_CONTEXT=value_from_context, VALUE_ACTIVATION=value_activation, **sizes,
     )  # fmt: skip
     return [*outputs[:4], grad_rows.sum(0), grad_scalars.sum(0)]
@@ -707,7 +730,7 @@ def boundary_backward_outputs(
             for tensor in (direction, target, gate)
         ),
         snapshot.new_empty(2 * n + 2, d, dtype=torch.float32),
-        snapshot.new_empty(2 * n + 1, dtype=torch.float32),
+        snapshot.new_empty(3 * n + 1, dtype=torch.float32),
     ]
 
 
@@ -718,17 +741,18 @@ def _(snapshot, replays, direction, target, gate, *args):
 
 def setup_context(ctx, inputs, output):
     (
-        state, direction, target, gate, amplitude, mixing, norm_weight, value_weight, value_bias, gate_weight, gate_bias,
+        state, direction, target, gate, keep, amplitude,
+        mixing, norm_weight, value_weight, value_bias, gate_weight, gate_bias,
         snapshot, replays, key_eps, norm_eps, *ctx.options, ctx.begins_sublayer,
     ) = inputs  # fmt: skip
     new_state, context, new_target, new_gate, readout, write, inv_key_norm, rstd = output
     ctx.mark_non_differentiable(readout, write, inv_key_norm, rstd)
     ctx.set_materialize_grads(False)
     ctx.num_replays = len(replays)
-    parameters = (mixing, value_weight, norm_weight, gate_weight, value_bias, gate_bias, amplitude)
+    parameters = (mixing, value_weight, norm_weight, gate_weight, value_bias, gate_bias, keep, amplitude)
     ctx.parameter_dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
     ctx.save_for_backward(
-        snapshot, *replays, direction, target, gate, amplitude, readout, inv_key_norm,
+        snapshot, *replays, direction, target, gate, keep, amplitude, readout, inv_key_norm,
         mixing, norm_weight, value_weight, gate_weight, new_target, new_gate, rstd,
     )  # fmt: skip
 
@@ -757,19 +781,18 @@ def backward(ctx, grads):
     grad_write = [
         None if tensor is None else grad for tensor, grad in zip((direction, target, gate), grad_write, strict=True)
     ]
-    parameter_grads = [rows[:n], rows[n : 2 * n], rows[2 * n], rows[2 * n + 1], scalars[:n], scalars[n : n + 1]]
-    parameter_grads.append(scalars[n + 1 :])
+    parameter_grads = (
+        rows[:n], rows[n : 2 * n], rows[2 * n], rows[2 * n + 1],
+        scalars[:n], scalars[n : n + 1], scalars[n + 1 : 2 * n + 1], scalars[2 * n + 1 :],
+    )  # fmt: skip
     (
-        grad_mixing,
-        grad_value_weight,
-        grad_norm_weight,
-        grad_gate_weight,
-        grad_value_bias,
-        grad_gate_bias,
-        grad_amplitude,
-    ) = [None if dtype is None else grad.to(dtype) for grad, dtype in zip(parameter_grads, ctx.parameter_dtypes)]
+        grad_mixing, grad_value_weight, grad_norm_weight, grad_gate_weight,
+        grad_value_bias, grad_gate_bias, grad_keep, grad_amplitude,
+    ) = (
+        None if dtype is None else grad.to(dtype) for grad, dtype in zip(parameter_grads, ctx.parameter_dtypes)
+    )  # fmt: skip
     return (
-        grad_state, *grad_write, grad_amplitude, grad_mixing, grad_norm_weight,
+        grad_state, *grad_write, grad_keep, grad_amplitude, grad_mixing, grad_norm_weight,
         grad_value_weight, grad_value_bias, grad_gate_weight, grad_gate_bias,
         None, [None] * ctx.num_replays, *[None] * 7,
     )  # fmt: skip

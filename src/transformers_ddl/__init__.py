@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from .configuration_ddl import DDLConfig
+from .delta_stats import record_delta_stats
 from .modeling_ddl import (
     DDLForCausalLM,
     DDLForQuestionAnswering,
@@ -41,6 +42,9 @@ AutoModelForCausalLM.register(DDLConfig, DDLForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(DDLConfig, DDLForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(DDLConfig, DDLForTokenClassification, exist_ok=True)
 AutoModelForQuestionAnswering.register(DDLConfig, DDLForQuestionAnswering, exist_ok=True)
+
+# Not in `modeling_ddl`, which is also remote code and then has no other module of the package at hand
+DDLPreTrainedModel.record_delta_stats = record_delta_stats
 
 __all__ = [
     "DDLConfig",

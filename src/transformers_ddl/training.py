@@ -39,6 +39,7 @@ from transformers import (
     TrainerCallback,
     TrainerState,
     TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
@@ -325,6 +326,7 @@ def pretrain(run: Run) -> str | None:
             args=run.training,
             train_dataset=text.train,
             eval_dataset=text.held_out.blocks,
+            audited_inputs=default_data_collator([text.held_out.blocks[0]]),
             processing_class=tokenizer,
             preprocess_logits_for_metrics=token_losses,
             compute_metrics=mean_loss,

@@ -13,14 +13,21 @@
 # limitations under the License.
 """Statistics of rewrites, against plain loops; the report of `transformers-ddl inspect`; what a training logs of gates."""
 
+import base64
+import json
 import math
+from html.parser import HTMLParser
 
 import pytest
 import reference
 import torch
 from conftest import random_tokens, tiny_model
+from transformers import TrainerCallback, TrainingArguments
 
+from transformers_ddl.cli import main
 from transformers_ddl.delta_stats import QUANTITIES, record_delta_stats
+from transformers_ddl.tokenization import train_tokenizer
+from transformers_ddl.trainer import DDLTrainer
 
 
 DELTA_VARIANTS = {
@@ -268,3 +275,156 @@ def test_masks_with_four_dimensions():
     model = tiny_model("cc")
     with record_delta_stats(model), pytest.raises(ValueError, match=r"attention_mask as \[batch, tokens\]"):
         model(random_tokens(1, 3), attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool).tril())
+
+
+# ---- The command ----
+
+
+TEXT = "the cat sat on the mat & <b>the dog</b> sat on $the$ cat 🐈\n" * 8
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([TEXT], vocab_size=290)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path
+
+
+def save(variant, tokenizer, folder):
+    model = tiny_model(variant, vocab_size=len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+class Page(HTMLParser):
+    """Everything that a page loads or links to, and its texts."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.references, self.texts = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.references += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.mark.parametrize("variant", ["scalar", "cc", "multi-step"])
+def test_report(variant, tokenizer, workplace, capsys):
+    model = save(variant, tokenizer, workplace / "model")
+    assert main(["inspect", "model", "--text", "text.txt", "--output", "some/where"]) == 0
+    folder = workplace / "some" / "where"
+    images = ["gates.png", "histograms.png", "discrepancy.png"]
+    assert {path.name for path in folder.iterdir()} == {"report.html", "statistics.json", *images}
+
+    # The statistics of the whole text, in windows of the model's context
+    tokens = torch.tensor(tokenizer.encode(TEXT, add_special_tokens=False))
+    with torch.no_grad(), model.record_delta_stats() as stats:
+        for window in tokens.split(64):
+            model(window[None])
+    assert stats["gate"].shape[-1] == len(tokens) > 64
+    rows = json.loads((folder / "statistics.json").read_text())
+    assert rows[0].pop("cosine") is None
+    for row, expected in zip(rows, stats.summary(), strict=True):
+        assert row.pop("sublayer") == expected.pop("sublayer")
+        assert row == pytest.approx({name: expected[name] for name in row}, rel=1e-5)
+
+    # The table on the terminal and that of the page show them, in the same order
+    printed = capsys.readouterr().out
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    texts = [text.strip() for text in Page(page).texts]
+    for row in rows:
+        shown = [f"{row[name]:.3g}" for name in ("gate", "gate_95", "discrepancy_after", "effective_rank")]
+        shown += [f"{row[name]:.1%}" for name in ("near_0", "near_1", "near_2")]
+        assert all(text in printed and text in texts for text in shown)
+    assert f"{len(tokens):,} tokens" in printed
+
+    # The page needs nothing but itself
+    embedded = ["data:image/png;base64," + base64.b64encode((folder / name).read_bytes()).decode() for name in images]
+    assert Page(page).references == embedded
+    assert "http" not in page and "url(" not in page and "<script" not in page
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in images)
+
+
+def test_first_tokens_only(tokenizer, workplace, capsys):
+    save("cc", tokenizer, workplace / "model")
+    assert main(["inspect", "model", "--text", "text.txt", "text.txt", "--max-tokens", "9"]) == 0
+    assert "the first 9 tokens" in capsys.readouterr().out
+    assert (workplace / "inspection" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model", "--text", "missing.txt"], "--text: cannot read 'missing.txt'"),
+        (["model", "--text", "empty.txt"], "--text: must hold text, got none"),
+        (["model", "--text", "text.txt", "--max-tokens", "0"], "--max-tokens: must be at least 1, got 0"),
+        (["model", "--text", "text.txt", "--output", "text.txt"], "--output: cannot make 'text.txt'"),
+        (["nowhere", "--text", "text.txt"], "model: cannot load 'nowhere'"),
+        (["additive", "--text", "text.txt"], "model: residual_type 'additive' has no gates"),
+    ],
+)
+def test_unusable_input(options, message, tokenizer, workplace, capsys):
+    (workplace / "empty.txt").touch()
+    save(
+        "additive" if options[0] == "additive" else "cc", tokenizer, workplace / options[0].replace("nowhere", "here")
+    )
+    assert main(["inspect", *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+# ---- The log of a training ----
+
+
+@pytest.mark.parametrize("variant", ["cc", "additive"])
+def test_gates_in_the_log_of_a_training(variant, tmp_path):
+    """Those of the audited batch at the time of the log; the training itself is as without."""
+    audited = {"input_ids": random_tokens(1, 8, seed=1)}
+    rows = [{"input_ids": row, "labels": row} for row in random_tokens(8, 8)]
+    weights, figures = [], []
+
+    class Check(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+            if "loss" in logs:
+                assert model.training
+                figures.append(({name for name in logs if "/" in name}, logs, gate_means(model)))
+
+    def gate_means(model):
+        if not model.config.has_gates:
+            return None
+        with torch.no_grad(), model.eval().record_delta_stats() as stats:
+            model(**audited)
+        model.train()
+        return stats["gate"].mean((2, 3)), stats["relative_step"].mean((2, 3))
+
+    for inputs in (audited, None):
+        args = TrainingArguments(
+            output_dir=tmp_path, max_steps=2, logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True
+        )
+        model = tiny_model(variant, attention_dropout=0.5).train()
+        trainer = DDLTrainer(
+            model=model, args=args, train_dataset=rows, audited_inputs=inputs, callbacks=[Check()] if inputs else []
+        )
+        trainer.train()
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert len(figures) == 2
+    for names, logs, means in figures:
+        if variant == "additive":
+            assert not names
+            continue
+        places = ["00.attention", "00.mlp", "01.attention", "01.mlp"]
+        assert names == {f"{name}/{place}" for name in ("gate", "relative_step") for place in places}
+        for name, of_layers in zip(("gate", "relative_step"), means):
+            assert [logs[f"{name}/{place}"] for place in places] == pytest.approx(
+                of_layers.flatten().tolist(), rel=1e-5
+            )

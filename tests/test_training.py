@@ -177,7 +177,8 @@ def test_tensorboard(finished):
     workplace, _ = finished
     (folder,) = (workplace / "out" / "runs").iterdir()
     events = EventAccumulator(str(folder)).Reload()
-    for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "total_flos"):
+    gates = [f"gate/{layer}.{sublayer}" for layer in ("00", "01") for sublayer in ("attention", "mlp")]
+    for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "total_flos", *gates):
         steps = [event.step for event in events.Scalars(f"train/{name}")]
         first, summary = (2 if name == "tokens_per_second" else 1), ([30] if name == "total_flos" else [])
         assert steps == [*range(first, 31), *summary]

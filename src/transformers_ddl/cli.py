@@ -31,6 +31,7 @@ COMMANDS = {
     "pretrain": ("training", "train a model from scratch, as a YAML file says"),
     "finetune": ("finetuning", "train a model to answer or to label texts, as a YAML file says"),
     "evaluate": ("evaluation", "measure bits per byte of texts, or accuracy on tasks"),
+    "inspect": ("inspection", "show what a model's gates do on a text, as a table, plots and a page"),
     "generate": ("generation", "print sampled continuations of prompts"),
     "convert": ("conversion", "turn a checkpoint of the authors' code, or a Llama, into a DDL model"),
     "push": ("hub", "upload a finished model to the Hugging Face Hub"),

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .cli import InputError
 from .data import IGNORE_INDEX
 from .generation import load_model
+from .inputs import read_texts
 from .modeling_ddl import upcast
 
 
@@ -181,12 +182,7 @@ def main(arguments: list[str]):
 
 
 def evaluate_text(options: argparse.Namespace) -> dict:
-    texts = []
-    for file in options.text:
-        try:
-            texts.append(Path(file).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--text: cannot read {file!r}: {error}; allowed: text files in UTF-8") from error
+    texts = read_texts("--text", options.text)
     model, tokenizer = load_model(options.model, device_map="auto")
     try:
         results = BitsPerByte(keep_in_memory=True).compute(

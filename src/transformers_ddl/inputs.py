@@ -50,6 +50,20 @@ def read_yaml(path: str | Path) -> Any:
         raise InputError(f"cannot read {str(path)!r}: {error}") from error
 
 
+def read_texts(option: str, files: list[str]) -> list[str]:
+    """
+    Raises:
+        `InputError`: if one of the files, given by `option`, cannot be read.
+    """
+    texts = []
+    for file in files:
+        try:
+            texts.append(Path(file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{option}: cannot read {file!r}: {error}; allowed: text files in UTF-8") from error
+    return texts
+
+
 @contextmanager
 def blaming(section: str) -> Iterator[None]:
     """Turns what a class raises about the values of a section into an `InputError` that names the section."""

@@ -387,7 +387,7 @@ def test_unusable_input(options, message, tokenizer, workplace, capsys):
 
 @pytest.mark.parametrize("variant", ["cc", "additive"])
 def test_gates_in_the_log_of_a_training(variant, tmp_path):
-    """Those of the audited batch at the time of the log; the training itself is as without."""
+    """Those of the audited batch at the time of the first and every tenth log; the training itself is as without."""
     audited = {"input_ids": random_tokens(1, 8, seed=1)}
     rows = [{"input_ids": row, "labels": row} for row in random_tokens(8, 8)]
     weights, figures = [], []
@@ -408,7 +408,7 @@ def test_gates_in_the_log_of_a_training(variant, tmp_path):
 
     for inputs in (audited, None):
         args = TrainingArguments(
-            output_dir=tmp_path, max_steps=2, logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True
+            output_dir=tmp_path, max_steps=12, logging_steps=1, save_strategy="no", use_cpu=True, disable_tqdm=True
         )
         model = tiny_model(variant, attention_dropout=0.5).train()
         trainer = DDLTrainer(
@@ -417,9 +417,9 @@ def test_gates_in_the_log_of_a_training(variant, tmp_path):
         trainer.train()
         weights.append(model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert len(figures) == 2
-    for names, logs, means in figures:
-        if variant == "additive":
+    assert len(figures) == 12
+    for step, (names, logs, means) in enumerate(figures, start=1):
+        if variant == "additive" or step not in (1, 11):
             assert not names
             continue
         places = ["00.attention", "00.mlp", "01.attention", "01.mlp"]

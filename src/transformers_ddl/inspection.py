@@ -118,7 +118,7 @@ def make_table(stats: DeltaStats) -> pd.DataFrame:
     for name in rows:
         template = "{:.1%}" if name.startswith("near") else "{:.3g}"
         rows[name] = [template.format(value) for value in rows[name]]
-    return rows[list(COLUMNS)].rename(columns=COLUMNS)
+    return rows[list(COLUMNS)].rename(columns=COLUMNS).replace("nan", "")  # nothing precedes the first rewrite
 
 
 def write_report(stats: DeltaStats, tokens: list[str], title: str, folder: Path) -> Path:

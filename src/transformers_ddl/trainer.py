@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .checkpoints import seal
 from .cli import RunError
+from .delta_stats import gate_figures
 from .flops import linear_maps, training_flops_per_token
 
 
@@ -99,10 +100,20 @@ class ResumableTrainer(Trainer):
 
 
 class DDLTrainer(ResumableTrainer):
-    """[`ResumableTrainer`] for [`DDLForCausalLM`] and `input_ids` of one length."""
+    """
+    [`ResumableTrainer`] for [`DDLForCausalLM`] and `input_ids` of one length.
 
-    def __init__(self, *args, **kwargs):
+    Args:
+        audited_inputs (`dict`, *optional*):
+            A small batch, on which [`gate_figures`] are taken at the first and then every tenth log, with a model that has
+            gates and is not sharded.
+    """
+
+    def __init__(self, *args, audited_inputs: dict[str, torch.Tensor] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.audited_inputs = audited_inputs
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        self.audits_gates = audited_inputs is not None and self.model.config.has_gates and not sharded
         self.flops_per_token = cache(partial(training_flops_per_token, self.model.config))
         self.last_log = None  # time in seconds, tokens seen, FLOPs
 
@@ -115,7 +126,7 @@ class DDLTrainer(ResumableTrainer):
         self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        """Adds, since the last log: tokens per second, and their share of what the devices could do (MFU)."""
+        """Adds, since the last log: tokens per second, and their share of what the devices could do (MFU); and gates."""
         if "loss" in logs:
             now, tokens, flops = time.monotonic(), self.state.num_input_tokens_seen, self.state.total_flos
             if self.last_log is not None:
@@ -125,4 +136,6 @@ class DDLTrainer(ResumableTrainer):
                     logs["mfu"] = (flops - last_flops) / (now - last_time) / (peak * self.args.world_size)
             logs["total_flos"] = flops
             self.last_log = now, tokens, flops
+            if self.audits_gates and sum("loss" in entry for entry in self.state.log_history) % 10 == 0:
+                logs.update(gate_figures(self.model, self._prepare_inputs(self.audited_inputs)))
         super().log(logs, start_time)

@@ -114,12 +114,14 @@ class DeltaStats:
 
     @torch.no_grad()
     def _enter_layer(self, layer: nn.Module, args: tuple):
-        state, *write = args
-        self._state = write_delta(self.config, state, *write) if write and self._running else state
-        self._weights = None
+        if self._running:
+            state, *write = args
+            self._state = write_delta(self.config, state, *write) if write else state
+            self._weights = None
 
     def _take_weights(self, residual: nn.Module, args: tuple, weights: tuple[torch.Tensor, ...]):
-        self._weights = weights
+        if self._running:
+            self._weights = weights
 
     @torch.no_grad()
     def _leave_attention(self, layer: nn.Module, attention: nn.Module, args: tuple, kwargs: dict, outputs: tuple):

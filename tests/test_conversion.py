@@ -35,6 +35,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Trainer,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -334,6 +335,25 @@ def test_all_that_is_new_can_be_trained(options):
             assert gradient.any(), name
         elif "anchor" in name or "value_proj" in name:
             assert gradient.reshape(n, -1).ne(0).any(-1).all(), name
+
+
+def test_annealing_of_a_half_precision_model():
+    """A thousand small steps are made as 4 large ones are: anchors do not stay where bfloat16 would round them to."""
+    model = convert_llama(make_llama().bfloat16())
+    assert all(parameter.dtype == torch.float32 for name, parameter in model.named_parameters() if "residual" in name)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    annealing, state = AnchorAnnealingCallback(steps=1000), TrainerState()
+    for state.global_step in range(1, 751):
+        annealing.on_step_end(None, state, None, model=model)
+    anchor = model.model.layers[0].attn_residual.anchor()
+    torch.testing.assert_close(anchor, torch.full((2, 1), 0.25), rtol=1e-3, atol=0)
+
+
+def test_official_norms_of_queries_are_not_left_out():
+    parameters, config = official_checkpoint()
+    parameters = {name: tensor for name, tensor in parameters.items() if "_rms" not in name}
+    with pytest.raises(ValueError, match="q_rms"):
+        convert_official_checkpoint(parameters, {**config, "use_qk_rmsnorm": None})
 
 
 def test_annealing_of_anchors(tmp_path):

@@ -188,6 +188,7 @@ def _official_config(
     shapes: dict[str, tuple[int, ...]], options: Mapping[str, Any], is_later_release: bool
 ) -> DDLConfig:
     """The configuration that the shapes of the parameters, under our names, and the options of a checkpoint say."""
+    options = {name: value for name, value in options.items() if value is not None}
     for name, neutral in OFFICIAL_NEUTRAL_OPTIONS.items():
         if options.get(name) not in neutral:
             raise ValueError(f"{name}={options[name]!r} cannot be converted; allowed: {neutral[-1]!r}")
@@ -199,6 +200,10 @@ def _official_config(
     vocab_size, hidden_size = shapes["model.embed_tokens.weight"]
     is_delta = f"{layer}attn_residual.beta_proj.weight" in shapes
     has_qk_norm = f"{layer}self_attn.q_norm.weight" in shapes
+    if not has_qk_norm and options.get("use_qk_rmsnorm", True):
+        raise ValueError(
+            "missing parameter transformer.h.0.attn.q_rms.weight, which only use_qk_rmsnorm=False does without"
+        )
     (num_value_channels,) = shapes.get(f"{layer}compressor.read", (1,))
     (head_dim,) = shapes.get(f"{layer}self_attn.q_norm.weight", (options.get("head_dim"),))
     if head_dim is None:
@@ -406,6 +411,7 @@ def convert_llama(model_or_path: PreTrainedModel | str | Path, **ddl_options) ->
     model.generation_config = copy.deepcopy(llama.generation_config)
     for module in model.modules():
         if isinstance(module, DDLDeltaResidual):
+            module.float()  # as it is when it is loaded: in bfloat16, small steps of an anchor would be lost
             module.value_proj.weight.zero_()
             module.anchor_add[1:] = 0
         elif isinstance(module, (DDLChannelCompressor, DDLTokenCompressor)):
@@ -482,7 +488,7 @@ def save_converted(
         `ValueError`: if the folder holds anything.
     """
     check_output_folder(folder)
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         unfinished = Path(temporary, folder.name)
@@ -527,6 +533,6 @@ def main(arguments: list[str]):
             if get_tokenizer_config(options.source):  # without files, AutoTokenizer would make an empty one
                 tokenizer = AutoTokenizer.from_pretrained(options.source)
         save_converted(options.out, model, tokenizer, max_shard_size=options.max_shard_size)
-    except (OSError, StrictDataclassError, ValueError) as error:
+    except (OSError, SafetensorError, StrictDataclassError, ValueError) as error:
         raise InputError(str(error)) from error
     print(f"{options.out}: {model.num_parameters():,} parameters, {'a' if tokenizer else 'no'} tokenizer")

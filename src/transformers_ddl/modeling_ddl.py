@@ -130,10 +130,11 @@ def delta_rewrite(
     direction = upcast(direction)
     key = direction * torch.rsqrt(direction.square().sum(-1, keepdim=True) + key_eps**2)
     key = key.unsqueeze(-2)
-    readout = (state * key).sum(-1) if erase else 0
-    if anchor is not None:
-        readout = (1 - anchor[0]) * readout
-    write = gate.unsqueeze(-1) * (target - readout)
+    error = target
+    if erase:
+        readout = (state * key).sum(-1)
+        error = target - (readout if anchor is None else (1 - anchor[0]) * readout)
+    write = gate.unsqueeze(-1) * error
     update = write.unsqueeze(-1) * key
     if anchor is not None:
         update = update + anchor[1].unsqueeze(-1) * direction.unsqueeze(-2)

@@ -787,10 +787,10 @@ class DDLModel(DDLPreTrainedModel):
         self.rotary_emb = DDLRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         if config.has_gates:
-            # Gates and targets are spared by quantisers, which match a name from its start, and kept in float32 by
-            # `from_pretrained(dtype=...)`, for which bfloat16 takes the second list
+            # Gates and targets are kept in float32 by `from_pretrained(dtype=...)`, for which bfloat16 takes the strict list,
+            # and spared by quantisers, which take the other one and match a name from its start. No entry may be in both.
             self._keep_in_fp32_modules = [".*attn_residual", ".*mlp_residual"]
-            self._keep_in_fp32_modules_strict = self._keep_in_fp32_modules
+            self._keep_in_fp32_modules_strict = ["attn_residual", "mlp_residual"]
 
         # Initialize weights and apply final processing
         self.post_init()

@@ -364,7 +364,9 @@ def test_static_cache_compiled(variant, padded):
 def test_offloaded_cache(variant, cache_implementation):
     """Not compiled: torch 2.11 crashes when it compiles the streams of an offloaded static cache, with Llama too."""
     model, prompt = tiny_model(variant).cuda(), random_tokens(BATCH, 5).cuda()
-    expected = greedy(model, prompt, 8)
-    assert torch.equal(
-        generate(model, prompt, cache_implementation=cache_implementation, disable_compile=True), expected
-    )
+    arguments = {"cache_implementation": cache_implementation, "disable_compile": True}
+    if cache_implementation == "offloaded_static" and model.config.compressor == "token":
+        with pytest.raises(ValueError, match="offloaded static cache"):
+            generate(model, prompt, **arguments)
+    else:
+        assert torch.equal(generate(model, prompt, **arguments), greedy(model, prompt, 8))

@@ -396,7 +396,12 @@ class DDLTokenConvolution(nn.Module):
         """Stores the inputs `[batch, sequence, channels]` in the cache and returns them behind the past ones."""
         if past_key_values.offloading:
             # Transformers moves the convolution states of a layer out with its keys and values, but back only before those
-            # are used, and those of static caches not at all
+            # are used, and those of static caches not at all. It takes static layers with both for layers without keys
+            if all(past_key_values.is_linear):
+                raise ValueError(
+                    "an offloaded static cache cannot hold a convolution in every layer; "
+                    'allowed: cache_implementation="offloaded", or a compressor over channels'
+                )
             torch.cuda.current_stream(inputs.device).wait_stream(past_key_values.prefetch_stream)
             past_key_values.layers[layer_idx].prefetch()
         return past_key_values.update_conv_state(

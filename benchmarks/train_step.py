@@ -4,6 +4,7 @@ import argparse
 import gc
 import json
 import statistics
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -34,23 +35,29 @@ def build(name: str, size: str):
     return DDLForCausalLM(DDLConfig(**shape, **MODELS[name]))
 
 
-def measure(name: str, size: str, batch_size: int, seq_length: int, compiled: bool, steps: int) -> dict:
-    """Median milliseconds of a step (forward, backward, fused AdamW) on random tokens, and the peak memory in GiB."""
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    model = build(name, size).cuda().train()
+def training_step(model: torch.nn.Module, tokens: torch.Tensor, compiled: bool) -> Callable[[], torch.Tensor]:
+    """A function that makes a step (forward under bf16 autocast, backward, fused AdamW) and returns its loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model) if compiled else model
-    tokens = torch.randint(0, model.config.vocab_size, (batch_size, seq_length), device="cuda")
 
     def step():
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
             loss = forward(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss
 
+    return step
+
+
+def measure(name: str, size: str, batch_size: int, seq_length: int, compiled: bool, steps: int) -> dict:
+    """Median milliseconds of a training step on random tokens, and the peak memory in GiB."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = build(name, size).cuda().train()
+    tokens = torch.randint(0, model.config.vocab_size, (batch_size, seq_length), device="cuda")
+    step = training_step(model, tokens, compiled)
     for _ in range(5):
         loss = step()
     torch.cuda.synchronize()

@@ -23,13 +23,16 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from .checkpoints import write_atomically
@@ -46,6 +49,9 @@ from .data import (
     load_documents,
     tokenize,
 )
+
+
+Item = TypeVar("Item")
 
 
 class DocumentStream:
@@ -127,6 +133,28 @@ def _as_dataset(texts: list[str]) -> Dataset:
     return Dataset.from_dict({"text": texts, "problem": [None] * len(texts)}, features=DOCUMENTS)
 
 
+@dataclass
+class Window:
+    """The training documents of a window, packed."""
+
+    blocks: Blocks
+    num_bytes: int  # of their UTF-8 text
+    documents: DocumentCounts
+    state: dict  # of the stream before it
+
+    @property
+    def number(self) -> int:
+        return self.state["window"]
+
+
+def ahead(items: Iterator[Item], pool: Executor) -> Iterator[Item]:
+    """The same items, each of which is made while the one before it is used."""
+    upcoming = pool.submit(next, items, None)
+    while (item := upcoming.result()) is not None:
+        upcoming = pool.submit(next, items, None)
+        yield item
+
+
 class StreamedText(torch.utils.data.IterableDataset):
     """
     The [`Blocks`] of each window of a stream, one after the other.
@@ -160,27 +188,34 @@ class StreamedText(torch.utils.data.IterableDataset):
         begun = [entry for entry in entries if entry["blocks"] <= self.first_block]
         num_blocks, state = (begun[-1]["blocks"], begun[-1]["state"]) if begun else (0, self.stream.start)
 
+        pool = ThreadPoolExecutor()
+        try:
+            for window in ahead(self.tokenized(state, pool), pool):
+                if window.number >= num_recorded:
+                    entry = {
+                        "blocks": num_blocks,
+                        "state": window.state,
+                        "documents": asdict(window.documents),
+                        "num_tokens": window.blocks.num_tokens,
+                        "num_bytes": window.num_bytes,
+                    }
+                    with open(self.journal, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(entry) + "\n")
+                for index in range(max(0, self.first_block - num_blocks), len(window.blocks)):
+                    yield window.blocks[index]
+                num_blocks += len(window.blocks)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def tokenized(self, state: dict, pool: Executor) -> Iterator[Window]:
+        """The windows from `state` on, tokenised in several threads: one alone can be slower than the model is trained."""
+        to_tokens = partial(tokenize, tokenizer=self.tokenizer)
         for train, held_out, skipped, next_state in self.stream.windows(state):
-            tokens = tokenize(train, self.tokenizer)
-            blocks = Blocks(
-                Dataset.from_dict(tokens, features=TOKENS),
-                self.tokenizer,
-                self.block_size,
-                self.keep_documents_apart,
-            )
-            if state["window"] >= num_recorded:
-                entry = {
-                    "blocks": num_blocks,
-                    "state": state,
-                    "documents": asdict(DocumentCounts(len(train), len(held_out), dict(skipped))),
-                    "num_tokens": blocks.num_tokens,
-                    "num_bytes": sum(tokens["num_bytes"]),
-                }
-                with open(self.journal, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry) + "\n")
-            for index in range(max(0, self.first_block - num_blocks), len(blocks)):
-                yield blocks[index]
-            num_blocks += len(blocks)
+            parts = pool.map(to_tokens, (train[start : start + 100] for start in range(0, len(train), 100)))
+            tokens = concatenate_datasets([Dataset.from_dict(part, features=TOKENS) for part in parts])
+            blocks = Blocks(tokens, self.tokenizer, self.block_size, self.keep_documents_apart)
+            num_bytes = sum(tokens["num_bytes"])
+            yield Window(blocks, num_bytes, DocumentCounts(len(train), len(held_out), dict(skipped)), state)
             state = next_state
 
     def read_journal(self) -> list[dict]:

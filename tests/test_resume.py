@@ -60,7 +60,7 @@ SETTINGS = {
 
 
 def write_inputs(folder: Path):
-    (folder / "corpus.txt").write_text("\n".join(f"{i} green bottles, hanging on the wall." for i in range(60)))
+    (folder / "corpus.txt").write_text("\n".join(f"{i} green bottles, hanging on the wall." for i in range(64)))
     (folder / "config.yaml").write_text(yaml.safe_dump(SETTINGS))
 
 

@@ -431,14 +431,22 @@ class Blocks(torch.utils.data.Dataset):
         tokenizer: Its eos token is the boundary.
         block_size: At least 2.
         keep_documents_apart: Whether positions begin anew at every boundary.
+        multiple: What the number of blocks is a multiple of; the last ones may be nothing but padding. If it is the number of
+            sequences of a step, no process has to see a block twice for all to have equally many.
     """
 
     def __init__(
-        self, tokens: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, keep_documents_apart: bool = False
+        self,
+        tokens: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int,
+        keep_documents_apart: bool = False,
+        multiple: int = 1,
     ):
-        self.arguments = tokens, tokenizer, block_size, keep_documents_apart
+        self.arguments = tokens, tokenizer, block_size, keep_documents_apart, multiple
         self.block_size = block_size
         self.keep_documents_apart = keep_documents_apart
+        self.multiple = multiple
         self.boundary = tokenizer.eos_token_id
         self.padding = self.boundary if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.chunks = [chunk.flatten().to_numpy() for chunk in tokens.data.column("input_ids").chunks]
@@ -449,7 +457,7 @@ class Blocks(torch.utils.data.Dataset):
         return Blocks, self.arguments  # to spawned workers go the names of files instead of what they hold
 
     def __len__(self) -> int:
-        return math.ceil(self.num_tokens / (self.block_size - 1))
+        return math.ceil(self.num_tokens / (self.block_size - 1) / self.multiple) * self.multiple
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < len(self):
@@ -465,7 +473,7 @@ class Blocks(torch.utils.data.Dataset):
 
         places = np.arange(self.block_size)
         end = self.num_tokens - start  # place of the last boundary, if it is in this block
-        if end < self.block_size:
+        if 0 <= end < self.block_size:
             block[end] = self.boundary
         item = {"input_ids": block, "labels": np.where((places > 0) & (places <= end), block, IGNORE_INDEX)}
         if self.keep_documents_apart:
@@ -518,6 +526,7 @@ def pack(
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
     keep_documents_apart: bool = False,
+    multiple: int = 1,
     num_proc: int | None = None,
 ) -> PackedText:
     """Tokenises the column `text` of documents and concatenates them into [`Blocks`]."""
@@ -532,6 +541,6 @@ def pack(
     )
     return PackedText(
         documents=documents,
-        blocks=Blocks(tokens, tokenizer, block_size, keep_documents_apart),
+        blocks=Blocks(tokens, tokenizer, block_size, keep_documents_apart, multiple),
         num_bytes=int(tokens.data.column("num_bytes").to_numpy().sum()),
     )

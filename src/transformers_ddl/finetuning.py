@@ -17,6 +17,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -36,15 +38,16 @@ from .data import Corpus
 from .examples import ExampleArguments, read_examples
 from .inputs import blaming
 from .modeling_ddl import DDLForCausalLM, DDLForSequenceClassification
-from .settings import Settings, build_sections, read_settings
+from .settings import CheckedSettings, Settings, build_sections, read_settings
 from .tokenization import load_tokenizer
 from .trainer import ResumableTrainer
 from .training import (
-    BatchSize,
     check_repository,
     complete,
-    load_model,
-    sequences_per_step,
+    describe_costs,
+    is_finished,
+    load_base_model,
+    number_of_steps,
     set_vocabulary,
     settings_parser,
     train_and_evaluate,
@@ -72,24 +75,15 @@ CHAT_TEMPLATE = """\
 
 
 @dataclass
-class FinetuningRun:
-    """A run's settings as objects, and as they were given."""
+class FinetuningRun(CheckedSettings):
+    """Settings of a fine-tuning; `training` is an `SFTConfig` for `sft`."""
 
     data: ExampleArguments
-    model: DDLConfig
-    training: TrainingArguments  # `SFTConfig` for `sft`
     lora: LoraConfig | None  # None: all weights are trained
-    card: CardArguments
-    settings: Settings
 
-    @classmethod
-    def from_settings(cls, settings: Settings) -> "FinetuningRun":
-        """
-        Checks settings.
-
-        Raises:
-            `InputError`: for an unknown section or field, a missing field, a wrong type or a value that is not allowed.
-        """
+    @staticmethod
+    def check(settings: Settings) -> dict[str, Any]:
+        """The sections as objects; see [`CheckedSettings.from_settings`]."""
         if "name" not in settings.get("model", {}):
             raise InputError("model.name: missing; every fine-tuning must say which model it starts from")
         is_classification = settings.get("data", {}).get("task") == "classification"
@@ -100,28 +94,55 @@ class FinetuningRun:
             "lora": LoraConfig,
             "card": CardArguments,
         }
-        run = cls(**build_sections(settings, classes), settings=settings)
+        sections = build_sections(settings, classes)
         if "lora" not in settings:
-            run.lora = None
+            sections["lora"] = None
         if not is_classification:
-            context = run.model.max_position_embeddings
+            training, context = sections["training"], sections["model"].max_position_embeddings
             if "max_length" not in settings["training"]:
-                run.training.max_length = context
-            elif run.training.max_length is not None and run.training.max_length > context:
+                training.max_length = context
+            elif training.max_length is not None and training.max_length > context:
                 raise InputError(
-                    f"training.max_length: {run.training.max_length}; allowed: up to model.max_position_embeddings, {context}"
+                    f"training.max_length: {training.max_length}; allowed: up to model.max_position_embeddings, {context}"
                 )
-        return run
+        return sections
 
 
 def main(arguments: list[str]):
-    """`transformers-ddl finetune CONFIG ... [--section.field value ...]`."""
+    """`transformers-ddl finetune CONFIG ... [--dry-run] [--section.field value ...]`."""
     parser = settings_parser("finetune", "Fine-tune a Deep Delta Learning model, or an adapter of it.")
     options, overrides = parser.parse_known_args(arguments)
     run = FinetuningRun.from_settings(read_settings(options.config, overrides))
+    if options.dry_run:
+        is_finished(run)  # or the folder cannot be used
+        print(describe(run))
+        return
     results = complete(run, finetune)
     if run.training.process_index == 0:
         print("held-out examples: " + ", ".join(f"{name} {value:.3f}" for name, value in measured(results).items()))
+
+
+def describe(run: FinetuningRun) -> str:
+    """
+    What a run costs and where it goes; the examples are read for it.
+
+    Raises:
+        `InputError`: if the model, the data or the training arguments cannot be used.
+    """
+    output_dir = run.training.output_dir
+    run.training.push_to_hub = False
+    with TemporaryDirectory() as run.training.output_dir:  # Trainer makes the folder
+        trainer, _ = prepare(run)
+    run.training.output_dir = output_dir
+    lengths = [len(tokens) for tokens in trainer.train_dataset["input_ids"]]
+    return describe_costs(
+        run,
+        num_trained=trainer.get_num_trainable_parameters(),
+        flops_per_token=trainer.flops_per_token,
+        steps=number_of_steps(run.training, len(lengths)),
+        mean_length=round(sum(lengths) / len(lengths)),
+        max_length=max(lengths),
+    )
 
 
 def finetune(run: FinetuningRun) -> str | None:
@@ -135,18 +156,10 @@ def finetune(run: FinetuningRun) -> str | None:
         `InputError`: if the model, the data or the training arguments cannot be used; then nothing has been written.
         `RunError`: if the loss is not finite any more. The complete checkpoints are left, as after any other failure.
     """
-    report = print if run.training.process_index == 0 else lambda *_: None
-    with run.training.main_process_first(desc="reading examples"):  # the others find them in the cache
-        corpus = read_examples(run.data)
-
-    tokenizer = load_tokenizer(run.model.name_or_path)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    set_vocabulary(run.model, tokenizer)
-    set_seed(run.training.seed)
-    make_trainer = classification_trainer if run.data.task == "classification" else sft_trainer
-    trainer = make_trainer(run, corpus, tokenizer)
-    report(f"data: {run.data.source}: {corpus}")
-    report(f"model: {trainer.get_num_trainable_parameters():,} parameters are trained")
+    trainer, corpus = prepare(run)
+    if trainer.is_world_process_zero():
+        print(f"data: {run.data.source}: {corpus}")
+        print(f"model: {trainer.get_num_trainable_parameters():,} parameters are trained")
 
     results = train_and_evaluate(run, trainer)
     if run.data.task == "sft":
@@ -159,6 +172,18 @@ def finetune(run: FinetuningRun) -> str | None:
         card = finetuned_card(trainer, run.data.source, measured(results), run.card)
         write_results(run, trainer, corpus.counts, results, card)
     return trainer.hub_model_id
+
+
+def prepare(run: FinetuningRun) -> tuple[ResumableTrainer, Corpus]:
+    """A trainer with the model and the tokenised examples, and the examples."""
+    with run.training.main_process_first(desc="reading examples"):  # the others find them in the cache
+        corpus = read_examples(run.data)
+    tokenizer = load_tokenizer(run.model.name_or_path)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    set_vocabulary(run.model, tokenizer)
+    set_seed(run.training.seed)
+    make_trainer = classification_trainer if run.data.task == "classification" else sft_trainer
+    return make_trainer(run, corpus, tokenizer), corpus
 
 
 def measured(results: dict[str, float]) -> dict[str, float]:
@@ -183,7 +208,7 @@ def sft_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTrainedTokeniz
     """Trains to answer; the loss is over completions, and over the assistant's words alone if `assistant_only_loss` says so."""
     if tokenizer.chat_template is None and is_conversational(corpus.train[0]):
         tokenizer.chat_template = CHAT_TEMPLATE
-    model = adapted(run, load_model(DDLForCausalLM, run.model), "CAUSAL_LM")
+    model = adapted(run, load_base_model(DDLForCausalLM, run.model), "CAUSAL_LM")
     with blaming("training"):
         trainer = DDLSFTTrainer(
             model=model,
@@ -191,7 +216,6 @@ def sft_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTrainedTokeniz
             train_dataset=corpus.train,
             eval_dataset=corpus.held_out,
             processing_class=tokenizer,
-            callbacks=[BatchSize(sequences_per_step(run.training))],
         )
         check_repository(trainer)
     if not run.training.packing:  # `max_length` may have cut off all answers of an example, which TRL then leaves out
@@ -222,7 +246,7 @@ def classification_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTra
         part.map(tokenize, batched=True, remove_columns=part.column_names, num_proc=run.data.num_proc)
         for part in (corpus.train, corpus.held_out)
     )
-    model = adapted(run, load_model(DDLForSequenceClassification, run.model), "SEQ_CLS")
+    model = adapted(run, load_base_model(DDLForSequenceClassification, run.model), "SEQ_CLS")
     with blaming("training"):
         trainer = ResumableTrainer(
             model=model,
@@ -232,7 +256,6 @@ def classification_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTra
             processing_class=tokenizer,
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=accuracy,
-            callbacks=[BatchSize(sequences_per_step(run.training))],
         )
         check_repository(trainer)
     return trainer
@@ -252,7 +275,7 @@ def save(run: FinetuningRun, trainer: ResumableTrainer):
     if trainer.is_world_process_zero():
         # The model that was trained may be in pieces on several devices
         model = PeftModel.from_pretrained(
-            load_model(type(trainer.model.get_base_model()), run.model), folder / ADAPTER_FOLDER
+            load_base_model(type(trainer.model.get_base_model()), run.model), folder / ADAPTER_FOLDER
         )
         model.merge_and_unload().save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)

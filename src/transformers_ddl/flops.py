@@ -18,13 +18,14 @@ A multiplication and an addition count as one FLOP each. Matrix products are cou
 attention over the whole sequence, the causal mask notwithstanding. The rotary table, made once for a batch, is left out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
 
 from .configuration_ddl import DDLConfig
 from .modeling_ddl import DDLForCausalLM, DDLHyperConnection, DDLManifoldHyperConnection
@@ -78,11 +79,13 @@ def forward_flops_per_token(config: DDLConfig, sequence_length: int) -> dict[str
     counts = dict.fromkeys(PARTS, 0)
     for name, matrix, times in linear_maps(meta_model(config)):
         counts[part_of(name)] += 2 * times * matrix.numel()
-    # Scores and weighted values: two products with as many keys as there are tokens
-    counts["attention"] += (
-        config.num_hidden_layers * 4 * sequence_length * config.num_attention_heads * config.head_dim
-    )
+    counts["attention"] += attention_flops_per_pair(config) * sequence_length
     return counts
+
+
+def attention_flops_per_pair(config: DDLConfig) -> int:
+    """FLOPs for a token and each of its keys: of the score and of the weighted value, in all heads and layers."""
+    return config.num_hidden_layers * 4 * config.num_attention_heads * config.head_dim
 
 
 def training_flops_per_token(config: DDLConfig, sequence_length: int) -> int:
@@ -92,6 +95,18 @@ def training_flops_per_token(config: DDLConfig, sequence_length: int) -> int:
     is not counted.
     """
     return 3 * sum(forward_flops_per_token(config, sequence_length).values())
+
+
+def training_flops(model: PreTrainedModel) -> Callable[[int], int]:
+    """
+    [`training_flops_per_token`] by the length of the sequence, of a model as it is, with its own head or with adapters: a
+    matrix that is not trained has no gradient.
+    """
+    of_matrices = sum(
+        (6 if matrix.requires_grad else 4) * times * matrix.numel() for _, matrix, times in linear_maps(model)
+    )
+    per_key = 3 * attention_flops_per_pair(model.config)
+    return lambda sequence_length: of_matrices + per_key * sequence_length
 
 
 def state_flops_per_token(config: DDLConfig) -> dict[str, int]:

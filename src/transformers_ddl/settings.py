@@ -147,30 +147,43 @@ def read_settings(paths: list[str | Path], overrides: list[str]) -> Settings:
 
 
 @dataclass
-class Run:
-    """A run's settings as objects, and as they were given."""
+class CheckedSettings:
+    """
+    What the settings of every run have, as objects, and the settings as they were given. A subclass adds its sections, and
+    `check`, which makes them.
+    """
 
-    data: DataArguments
-    tokenizer: TokenizerArguments
     model: DDLConfig
     training: TrainingArguments
     card: CardArguments
     settings: Settings
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> "Run":
+    def from_settings(cls, settings: Settings) -> "CheckedSettings":
         """
         Checks settings.
 
         Raises:
             `InputError`: for an unknown section or field, a missing field, a wrong type or a value that is not allowed.
         """
-        given = settings
+        return cls(**cls.check(settings), settings=settings)
+
+
+@dataclass
+class Run(CheckedSettings):
+    """Settings of a pretraining."""
+
+    data: DataArguments
+    tokenizer: TokenizerArguments
+
+    @staticmethod
+    def check(settings: Settings) -> dict[str, Any]:
+        """The sections as objects; see [`CheckedSettings.from_settings`]."""
         if name := settings.get("model", {}).get("name"):
             if "tokenizer" in settings:
                 raise InputError("tokenizer: cannot be set, model.name decides it")
-            given = settings | {"tokenizer": {"name": name}}
-        sections = build_sections(given, SECTIONS)
+            settings = settings | {"tokenizer": {"name": name}}
+        sections = build_sections(settings, SECTIONS)
         block_size = sections["model"].max_position_embeddings
         if block_size < 2:
             raise InputError(
@@ -178,7 +191,7 @@ class Run:
             )
         if sections["data"].streaming and sections["training"].max_steps < 1:
             raise InputError("training.max_steps: missing; with data.streaming, a run must say it")
-        return cls(**sections, settings=settings)
+        return sections
 
 
 def build_sections(settings: Settings, classes: dict[str, type]) -> dict[str, Any]:

@@ -11,22 +11,22 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Trainers that decay matrices only and leave nothing but complete checkpoints; the one for pretraining counts FLOPs exactly."""
+"""Trainers that decay matrices only, leave nothing but complete checkpoints, and log speed and FLOPs."""
 
 import math
 import time
-from functools import cache, partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from .checkpoints import seal
 from .cli import RunError
 from .delta_stats import gate_figures
-from .flops import linear_maps, training_flops_per_token
+from .flops import linear_maps, training_flops
 
 
 # Dense 16-bit matrix products per second and device, from the vendors' data sheets; the first name that occurs in the
@@ -59,9 +59,26 @@ def decay_parameter_names(model: PreTrainedModel) -> list[str]:
     return [name for name, matrix, _ in linear_maps(model) if head is None or matrix is not head.weight]
 
 
+def sequences_per_step(args: TrainingArguments) -> int:
+    """Of an optimizer step, by all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+class Layout(TrainerCallback, ExportableState):
+    """Keeps in every checkpoint what a run must have in common with it to be continued from it."""
+
+    def __init__(self, sequences_per_step: int, sharding: str):
+        self.sequences_per_step = sequences_per_step
+        self.sharding = sharding
+
+    def state(self) -> dict:
+        return {"args": vars(self), "attributes": {}}
+
+
 class ResumableTrainer(Trainer):
     """
-    [`~transformers.Trainer`] for models of the family, with adapters or without.
+    [`~transformers.Trainer`] for models of the family, with adapters or without. Its logs have, since the last one, the tokens
+    per second and their share of what the devices could do (MFU), and all FLOPs so far; tokens of padding count.
 
     Raises:
         `RunError`: by `train`, as soon as a loss or gradient norm to be logged is not finite; no checkpoint is saved after
@@ -71,15 +88,37 @@ class ResumableTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.args.logging_nan_inf_filter = False  # would log the mean of the finite losses
+        self.args.include_num_input_tokens_seen = "all"
+        self.flops_per_token = training_flops(self.model)
+        self.last_log = None  # time in seconds, tokens seen, FLOPs
+        sharding = "no sharding"
+        if self.is_fsdp_enabled:
+            sharding = "FSDP"
+        elif self.is_deepspeed_enabled:  # every process reads the part that it wrote
+            sharding = f"DeepSpeed on {self.args.world_size} processes"
+        self.layout = Layout(sequences_per_step(self.args), sharding)
+        self.add_callback(self.layout)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decay_parameter_names(model)
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        input_ids = inputs["input_ids"]
+        return input_ids.numel() * self.flops_per_token(input_ids.shape[1])
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs:
             for name in ("loss", "grad_norm"):
                 if not math.isfinite(logs.get(name, 0)):
                     raise RunError(f"{name} is {logs[name]} at step {self.state.global_step:,}")
+            now, tokens, flops = time.monotonic(), self.state.num_input_tokens_seen, self.state.total_flos
+            if self.last_log is not None:
+                last_time, last_tokens, last_flops = self.last_log
+                logs["tokens_per_second"] = (tokens - last_tokens) / (now - last_time)
+                if peak := peak_flops():
+                    logs["mfu"] = (flops - last_flops) / (now - last_time) / (peak * self.args.world_size)
+            logs["total_flos"] = flops
+            self.last_log = now, tokens, flops
         super().log(logs, start_time)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
@@ -96,7 +135,7 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             folder = self._get_output_dir(trial=trial)
             seal(Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
-            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
 
 
 class DDLTrainer(ResumableTrainer):
@@ -106,36 +145,20 @@ class DDLTrainer(ResumableTrainer):
     Args:
         audited_inputs (`dict`, *optional*):
             A small batch, on which [`gate_figures`] are taken at the first and then every tenth log, with a model that has
-            gates and is not sharded.
+            gates.
     """
 
     def __init__(self, *args, audited_inputs: dict[str, torch.Tensor] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.audited_inputs = audited_inputs
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self.audits_gates = audited_inputs is not None and self.model.config.has_gates and not sharded
-        self.flops_per_token = cache(partial(training_flops_per_token, self.model.config))
-        self.last_log = None  # time in seconds, tokens seen, FLOPs
-
-    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
-        input_ids = inputs["input_ids"]
-        return input_ids.numel() * self.flops_per_token(input_ids.shape[1])
+        self.audits_gates = audited_inputs is not None and self.model.config.has_gates
 
     def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]):
         # Batches are of one size on all processes; gathering the sizes would wait for the device in every step
         self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        """Adds, since the last log: tokens per second, and their share of what the devices could do (MFU); and gates."""
-        if "loss" in logs:
-            now, tokens, flops = time.monotonic(), self.state.num_input_tokens_seen, self.state.total_flos
-            if self.last_log is not None:
-                last_time, last_tokens, last_flops = self.last_log
-                logs["tokens_per_second"] = (tokens - last_tokens) / (now - last_time)
-                if peak := peak_flops():
-                    logs["mfu"] = (flops - last_flops) / (now - last_time) / (peak * self.args.world_size)
-            logs["total_flos"] = flops
-            self.last_log = now, tokens, flops
-            if self.audits_gates and sum("loss" in entry for entry in self.state.log_history) % 10 == 0:
+        if "loss" in logs and self.audits_gates:
+            if sum("loss" in entry for entry in self.state.log_history) % 10 == 0:
                 logs.update(gate_figures(self.model, self._prepare_inputs(self.audited_inputs)))
         super().log(logs, start_time)

@@ -18,8 +18,9 @@ import errno
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,6 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 
 from .cards import pretrained_card
 from .checkpoints import last_complete_checkpoint, write_atomically
@@ -61,10 +61,10 @@ from .flops import activation_bytes, count_parameters, state_flops_per_token, tr
 from .hub import push
 from .inputs import blaming
 from .modeling_ddl import DDLForCausalLM
-from .settings import Run, TokenizerArguments, read_settings
+from .settings import CheckedSettings, Run, TokenizerArguments, read_settings
 from .streaming import DocumentStream, StreamedText
 from .tokenization import load_tokenizer, train_tokenizer
-from .trainer import DDLTrainer, ResumableTrainer
+from .trainer import DDLTrainer, Layout, ResumableTrainer, sequences_per_step
 
 
 RUN_FILE = "run.yaml"
@@ -72,7 +72,7 @@ RESULTS_FILE = "eval_results.json"
 COUNTS_FILE = "text_counts.json"
 JOURNAL_FILE = "stream.jsonl"
 # Another value may be given to continue a run: it changes nothing about what is trained. Of the batch sizes the product counts,
-# with the number of processes: `BatchSize` keeps it.
+# with the number of processes: `Layout` keeps it.
 FREE_FIELDS = {
     "data.num_proc",
     "training.dataloader_num_workers",
@@ -90,7 +90,6 @@ FREE_FIELDS = {
 def main(arguments: list[str]):
     """`transformers-ddl pretrain CONFIG ... [--dry-run] [--section.field value ...]`."""
     parser = settings_parser("pretrain", "Pretrain a Deep Delta Learning language model, or continue to.")
-    parser.add_argument("--dry-run", action="store_true", help="print what the run would cost, and write nothing")
     options, overrides = parser.parse_known_args(arguments)
     run = Run.from_settings(read_settings(options.config, overrides))
     if options.dry_run:
@@ -122,10 +121,11 @@ def settings_parser(command: str, description: str) -> argparse.ArgumentParser:
         metavar="CONFIG",
         help="YAML files made of sections, as those in configs; later ones override earlier ones",
     )
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would cost, and write nothing")
     return parser
 
 
-def complete(run: Run, train: Callable[[Run], str | None]) -> dict[str, float]:
+def complete(run: CheckedSettings, train: Callable[[CheckedSettings], str | None]) -> dict[str, float]:
     """
     Does a run, unless it is finished already.
 
@@ -150,7 +150,7 @@ def complete(run: Run, train: Callable[[Run], str | None]) -> dict[str, float]:
     return json.loads((folder / RESULTS_FILE).read_text()) if run.training.process_index == 0 else {}
 
 
-def is_finished(run: Run) -> bool:
+def is_finished(run: CheckedSettings) -> bool:
     """
     Whether the output folder holds the results of this very run. It is fine if it holds nothing, or an unfinished part
     of this run.
@@ -191,7 +191,6 @@ def describe(run: Run) -> str:
     """
     args, config = run.training, run.model
     block_size = config.max_position_embeddings
-    batch_size = sequences_per_step(args)
     if run.tokenizer.name is not None:
         set_vocabulary(config, load_tokenizer(run.tokenizer.name), run.tokenizer)
     else:
@@ -200,25 +199,56 @@ def describe(run: Run) -> str:
     if steps < 1:
         text = read_text(run)
         set_vocabulary(config, text.tokenizer, run.tokenizer)
-        steps = math.ceil(math.ceil(len(text.train) / batch_size) * args.num_train_epochs)
+        steps = number_of_steps(args, len(text.train))
+    return describe_costs(
+        run,
+        num_trained=sum(count_parameters(config).values()),
+        flops_per_token=partial(training_flops_per_token, config),
+        steps=steps,
+        mean_length=block_size,
+        max_length=block_size,
+    )
 
+
+def number_of_steps(args: TrainingArguments, num_sequences: int) -> int:
+    """Optimizer steps of a run over so many sequences."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(math.ceil(num_sequences / sequences_per_step(args)) * args.num_train_epochs)
+
+
+def describe_costs(
+    run: CheckedSettings,
+    num_trained: int,
+    flops_per_token: Callable[[int], int],
+    steps: int,
+    mean_length: int,
+    max_length: int,
+) -> str:
+    """
+    Args:
+        num_trained: Number of parameters that are trained.
+        flops_per_token: FLOPs of forward and backward pass for a token, by the length of its sequence.
+        mean_length, max_length: Tokens of a sequence.
+    """
+    args, config = run.training, run.model
     parameters = count_parameters(config)
-    num_parameters = sum(parameters.values())
-    flops = training_flops_per_token(config, block_size)
-    tokens = steps * batch_size * block_size
+    batch_size = sequences_per_step(args)
+    flops, tokens = flops_per_token(mean_length), steps * batch_size * mean_length
     activations = args.train_batch_size * activation_bytes(
-        config, block_size, torch.bfloat16 if args.bf16 else None, args.gradient_checkpointing
+        config, max_length, torch.bfloat16 if args.bf16 else None, args.gradient_checkpointing
     )
     return "\n".join(
         (
-            f"parameters: {num_parameters:,} ("
+            f"parameters: {sum(parameters.values()):,} ("
             + ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in parameters.items() if count)
-            + ")",
+            + f"), {num_trained:,} of them trained",
             f"FLOPs per token: {flops:,} in matrix products, forward and backward; "
             f"{sum(state_flops_per_token(config).values()):,} element-wise on the residual state, forward alone",
-            f"memory: {16 * num_parameters / 2**30:,.2f} GiB for parameters, gradients and AdamW's moments in float32 if "
-            f"they are not sharded, {activations / 2**30:,.2f} GiB for activations on each device (eager PyTorch)",
-            f"steps: {steps:,} of {batch_size:,} sequences of {block_size:,} tokens",
+            f"memory: {(4 * sum(parameters.values()) + 12 * num_trained) / 2**30:,.2f} GiB for parameters, gradients and "
+            f"AdamW's moments in float32 if they are not sharded, {activations / 2**30:,.2f} GiB for activations on each "
+            "device (eager PyTorch)",
+            f"steps: {steps:,} of {batch_size:,} sequences of {mean_length:,} tokens",
             f"tokens: {tokens:,}, for {flops * tokens:.3g} FLOPs",
             f"output: {Path(args.output_dir).resolve()}",
         )
@@ -254,7 +284,9 @@ def read_text(run: Run) -> Text:
     if stream:
         journal = Path(run.training.output_dir, JOURNAL_FILE)
         return Text(tokenizer, StreamedText(stream, tokenizer, journal, **options), held_out, None)
-    train = pack(corpus.train, tokenizer, num_proc=run.data.num_proc, **options)
+    train = pack(
+        corpus.train, tokenizer, multiple=sequences_per_step(run.training), num_proc=run.data.num_proc, **options
+    )
     return Text(tokenizer, train.blocks, held_out, TextCounts(corpus.counts, train.num_tokens, train.num_bytes))
 
 
@@ -268,7 +300,7 @@ def set_vocabulary(config: DDLConfig, tokenizer: PreTrainedTokenizerBase, argume
     config.pad_token_id = tokenizer.pad_token_id
 
 
-def load_model(model_class: type[PreTrainedModel], config: DDLConfig) -> PreTrainedModel:
+def load_base_model(model_class: type[PreTrainedModel], config: DDLConfig) -> PreTrainedModel:
     """
     The model `config.name_or_path`, with that configuration; only its head may be new.
 
@@ -313,10 +345,9 @@ def pretrain(run: Run) -> str | None:
     config, tokenizer = run.model, text.tokenizer
     set_vocabulary(config, tokenizer, run.tokenizer)
     set_seed(run.training.seed)
-    model = load_model(DDLForCausalLM, config) if config.name_or_path else DDLForCausalLM(config)
+    model = load_base_model(DDLForCausalLM, config) if config.name_or_path else DDLForCausalLM(config)
     report(f"model: {model.num_parameters():,} parameters")
 
-    run.training.include_num_input_tokens_seen = "all"  # for tokens/s, the model card, and the place in a stream
     if run.data.streaming:
         run.training.ignore_data_skip = True  # `StreamedText` itself begins where it must
         run.training.dataloader_num_workers = min(1, run.training.dataloader_num_workers)
@@ -330,22 +361,17 @@ def pretrain(run: Run) -> str | None:
             processing_class=tokenizer,
             preprocess_logits_for_metrics=token_losses,
             compute_metrics=mean_loss,
-            callbacks=[SampleCallback(), BatchSize(sequences_per_step(run.training))],
+            callbacks=[SampleCallback()],
         )
         check_repository(trainer)
-    progress = SpeedProgressCallback()
-    if not run.training.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(progress)
 
-    with closing(progress):
-        results = comparable(train_and_evaluate(run, trainer), text.held_out)
-        trainer.save_model()
-        if trainer.is_world_process_zero():
-            if text.counts is None:
-                text.counts = text.train.count_text(blocks_seen(trainer))
-                report(f"data: {run.data.name}: {text.counts.documents}")
-            write_results(run, trainer, text.counts, results, pretrained_card(run, text.counts, trainer, results))
+    results = comparable(train_and_evaluate(run, trainer), text.held_out)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        if text.counts is None:
+            text.counts = text.train.count_text(blocks_seen(trainer))
+            report(f"data: {run.data.name}: {text.counts.documents}")
+        write_results(run, trainer, text.counts, results, pretrained_card(run, text.counts, trainer, results))
     return trainer.hub_model_id
 
 
@@ -355,7 +381,7 @@ def check_repository(trainer: Trainer):
         HfApi().auth_check(trainer.hub_model_id, write=True)  # Trainer is content with one that can be read
 
 
-def train_and_evaluate(run: Run, trainer: ResumableTrainer) -> dict[str, float]:
+def train_and_evaluate(run: CheckedSettings, trainer: ResumableTrainer) -> dict[str, float]:
     """Trains from the last complete checkpoint to the end; the model can then be saved. Returns Trainer's metrics."""
     config = trainer.model.config
     if trainer.is_world_process_zero():
@@ -363,15 +389,20 @@ def train_and_evaluate(run: Run, trainer: ResumableTrainer) -> dict[str, float]:
         write_atomically(folder / RUN_FILE, yaml.safe_dump(run.settings, sort_keys=False))
         if trainer.hub_model_id is not None:
             config.save_pretrained(folder)  # with the code, which Trainer leaves out when it pushes a checkpoint
-    train_from_last_checkpoint(trainer)
-    metrics = trainer.evaluate()
+    with speed_in_progress_bar(trainer):
+        train_from_last_checkpoint(trainer)
+        metrics = trainer.evaluate()
     config.use_cache = True  # Trainer turned it off, and generating without is slow
     trainer.args.push_to_hub = False  # or `save_model` would, before the rest is there and with a card of its own
     return metrics
 
 
 def write_results(
-    run: Run, trainer: Trainer, counts: TextCounts | DocumentCounts, results: dict[str, float], card: ModelCard
+    run: CheckedSettings,
+    trainer: Trainer,
+    counts: TextCounts | DocumentCounts,
+    results: dict[str, float],
+    card: ModelCard,
 ):
     """Writes what there is to read beside the saved model; with the last file the run is finished."""
     folder = Path(run.training.output_dir)
@@ -379,20 +410,6 @@ def write_results(
     plot_loss(trainer.state.log_history, folder / "loss.png")
     card.save(folder / "README.md")
     write_atomically(folder / RESULTS_FILE, json.dumps(results, indent=4, sort_keys=True))
-
-
-def sequences_per_step(args: TrainingArguments) -> int:
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
-class BatchSize(TrainerCallback, ExportableState):
-    """Keeps in every checkpoint the number of sequences of an optimizer step, by all processes."""
-
-    def __init__(self, sequences_per_step: int):
-        self.sequences_per_step = sequences_per_step
-
-    def state(self) -> dict:
-        return {"args": {"sequences_per_step": self.sequences_per_step}, "attributes": {}}
 
 
 def blocks_seen(trainer: Trainer) -> int:
@@ -410,11 +427,17 @@ def train_from_last_checkpoint(trainer: ResumableTrainer):
     if is_main_process:
         print(f"continuing from {checkpoint}")
     trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-    batch_size = trainer.state.stateful_callbacks[BatchSize.__name__]["args"]["sequences_per_step"]
-    if sequences_per_step(trainer.args) != batch_size:
+    begun = trainer.state.stateful_callbacks[Layout.__name__]["args"]
+    if trainer.layout.sequences_per_step != begun["sequences_per_step"]:
         raise InputError(
             f"training.per_device_train_batch_size: times gradient_accumulation_steps and the number of processes it is "
-            f"{sequences_per_step(trainer.args)}; allowed: {batch_size}, with which the run in {trainer.args.output_dir!r} was begun"
+            f"{trainer.layout.sequences_per_step}; allowed: {begun['sequences_per_step']}, with which the run in "
+            f"{trainer.args.output_dir!r} was begun"
+        )
+    if trainer.layout.sharding != begun["sharding"]:
+        raise InputError(
+            f"accelerate: this is {trainer.layout.sharding}; allowed: {begun['sharding']}, with which the run in "
+            f"{trainer.args.output_dir!r} was begun"
         )
     if isinstance(trainer.train_dataset, StreamedText):
         trainer.train_dataset.first_block = blocks_seen(trainer)
@@ -495,18 +518,28 @@ class SpeedProgressCallback(ProgressCallback):
                 figures["MFU"] = f"{logs['mfu']:.1%}"
             self.training_bar.set_postfix(figures)
 
-    def close(self):
-        """Ends the line of the bar of a training that failed."""
-        if self.training_bar is not None:
-            self.training_bar.close()
+
+@contextmanager
+def speed_in_progress_bar(trainer: Trainer) -> Iterator[None]:
+    """Puts [`SpeedProgressCallback`] in the place of Trainer's progress bar, and ends its line also if training fails."""
+    if trainer.pop_callback(ProgressCallback) is None:
+        yield
+        return
+    progress = SpeedProgressCallback()
+    trainer.add_callback(progress)
+    try:
+        yield
+    finally:
+        if progress.training_bar is not None:
+            progress.training_bar.close()
 
 
 class SampleCallback(TrainerCallback):
-    """Writes a continuation of nothing at every checkpoint to `samples/step-....txt`, where the model is in one piece."""
+    """Writes a continuation of nothing at every checkpoint to `samples/step-....txt`."""
 
     def on_save(self, args, state, control, model=None, processing_class=None, **kwargs):
         sharded = AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        if sharded or not state.is_world_process_zero:
+        if not (sharded or state.is_world_process_zero):
             return
         devices = [args.device] if args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # training goes on as if there had been no sample
@@ -519,10 +552,11 @@ class SampleCallback(TrainerCallback):
                 pad_token_id=processing_class.eos_token_id,
                 use_cache=True,
             )
-        folder = Path(args.output_dir, "samples")
-        folder.mkdir(exist_ok=True)
-        text = processing_class.decode(tokens[0, 1:], skip_special_tokens=True)
-        (folder / f"step-{state.global_step:08d}.txt").write_text(text, encoding="utf-8")
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir, "samples")
+            folder.mkdir(exist_ok=True)
+            text = processing_class.decode(tokens[0, 1:], skip_special_tokens=True)
+            (folder / f"step-{state.global_step:08d}.txt").write_text(text, encoding="utf-8")
 
 
 def plot_loss(log_history: list[dict[str, float]], path: Path):

@@ -342,6 +342,22 @@ def test_every_token_is_predicted_exactly_once(tokenizer, block_size):
     assert packed.num_tokens == len(expected)
 
 
+@pytest.mark.parametrize("multiple", [1, 5, 100])
+def test_number_of_blocks_is_a_multiple(tokenizer, multiple):
+    """In those that are added nothing is predicted; the others are as without them."""
+    texts = Dataset.from_dict({"text": sentences(7)})
+    blocks = pack(texts, tokenizer, block_size=5, keep_documents_apart=True).blocks
+    more = pack(texts, tokenizer, block_size=5, keep_documents_apart=True, multiple=multiple).blocks
+    assert len(blocks) % 5 and len(blocks) < 100, "nothing to add"
+    assert len(more) % multiple == 0 and len(blocks) <= len(more) < len(blocks) + multiple
+    assert more.num_tokens == blocks.num_tokens
+    for index, block in enumerate(more):
+        if index < len(blocks):
+            assert all(torch.equal(block[name], blocks[index][name]) for name in block)
+        else:
+            assert {*block["labels"].tolist()} == {-100} and {*block["input_ids"].tolist()} == {tokenizer.pad_token_id}
+
+
 @pytest.mark.parametrize("block_size", [2, 5, 16, 500])
 def test_documents_kept_apart(tokenizer, block_size):
     """The same blocks, with positions that count from each boundary, or from where the block cuts a document."""

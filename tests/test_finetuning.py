@@ -16,7 +16,9 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from transformers_ddl.checkpoints import last_complete_checkpoint
 from transformers_ddl.cli import main
 from transformers_ddl.examples import ExampleArguments, read_examples
 from transformers_ddl.finetuning import FinetuningRun, sft_trainer
@@ -364,6 +367,88 @@ def test_same_run_again_changes_nothing(workplace, capsys):
 def test_interrupted_run_is_continued(workplace, capsys):
     check_continuation("chat", "sft.yaml")
     assert "continuing from chat/checkpoint-80" in capsys.readouterr().out
+
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "finetune.py"
+KILLED = {
+    "all weights": ("sft.yaml", "--training.max_steps", "24", "--training.save_steps", "8"),
+    "adapters": ("sft.yaml", *LORA),
+    "classification": ("classify.yaml", "--training.max_steps", "16", "--training.save_strategy", "steps")
+    + ("--training.save_steps", "8"),
+}
+
+
+@pytest.mark.parametrize("kind", KILLED)
+def test_killed_and_continued(workplace, kind):
+    """While the second checkpoint is written: the same weights to the last bit as without an interruption."""
+    folders = [f"{kind} {name}".replace(" ", "-") for name in ("uninterrupted", "killed")]
+    complete, killed = ((*KILLED[kind], "--training.output_dir", folder) for folder in folders)
+    assert main(["finetune", *complete]) == 0
+    first, second = sorted(Path(folders[0]).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[:2]
+    process = subprocess.Popen([sys.executable, SCRIPT, *killed], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not (Path(folders[1]) / second.name / "trainer_state.json").exists():
+        assert process.poll() is None, process.stdout.read().decode()
+        time.sleep(1e-4)
+    process.kill()
+    process.communicate()
+    assert last_complete_checkpoint(Path(folders[1])).name == first.name
+    assert main(["finetune", *killed]) == 0
+    assert weights(folders[1]) == weights(folders[0])
+
+
+@pytest.mark.slow
+def test_two_processes_continued_by_one(workplace):
+    """The same examples in every step: losses differ by the order of sums, and a mean over processes for unequal lengths."""
+    options = ("--training.max_steps", "4", "--training.logging_steps", "1", "--training.save_steps", "2")
+    batch = ("--training.per_device_train_batch_size", "4", "--training.gradient_accumulation_steps")
+    assert main(["finetune", "sft.yaml", *options, *batch, "2", "--training.output_dir", "one"]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", SCRIPT, "sft.yaml", *options]
+    process = subprocess.run([*launch, *batch, "1", "--training.output_dir", "two"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    shutil.rmtree("two/checkpoint-4")
+    Path("two/eval_results.json").unlink()
+    assert main(["finetune", "sft.yaml", *options, *batch, "2", "--training.output_dir", "two"]) == 0
+    one, two = (
+        [
+            entry["loss"]
+            for entry in json.loads(Path(folder, "checkpoint-4", "trainer_state.json").read_text())["log_history"]
+            if "loss" in entry
+        ]
+        for folder in ("one", "two")
+    )
+    assert len(one) == 4 and two == [pytest.approx(loss, rel=1e-4) for loss in one]
+
+
+# ---- What a person sees ----
+
+
+@pytest.mark.parametrize("settings, options", [("sft.yaml", ()), ("sft.yaml", LORA), ("classify.yaml", ())])
+def test_dry_run(workplace, capsys, settings, options):
+    """What it says, against the run itself."""
+    options = (*options, "--training.output_dir", "dry", "--training.save_strategy", "epoch")
+    options += ("--training.max_steps", "-1", "--training.num_train_epochs", "2")
+    before = {*Path().rglob("*")}
+    assert main(["finetune", settings, *options, "--dry-run"]) == 0
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
+    assert {*Path().rglob("*")} == before
+    assert lines["output"] == str(Path("dry").resolve())
+    assert "GiB for activations" in lines["memory"]
+
+    assert main(["finetune", settings, *options]) == 0
+    num_trained = re.search(r"([\d,]+) of them trained", lines["parameters"])[1]
+    assert f"model: {num_trained} parameters are trained" in capsys.readouterr().out
+    state = json.loads(max(Path("dry").glob("checkpoint-*/trainer_state.json")).read_text())
+    assert lines["steps"].startswith(f"{state['max_steps']:,} of 16 sequences of ")
+    said = float(re.search(r"for (\S+) FLOPs", lines["tokens"])[1])
+    # The last batch of an epoch is smaller, and batches are padded
+    assert said == pytest.approx(state["total_flos"], rel=0.35)
+    shutil.rmtree("dry")
+
+
+def test_progress_bar(workplace, capsys):
+    options = ("--training.output_dir", "bar", "--training.max_steps", "3", "--training.disable_tqdm", "false")
+    assert main(["finetune", "sft.yaml", *options, "--training.logging_steps", "1"]) == 0
+    assert re.search(r" 3/3 \[\d+:\d+<\d+:\d+, [^\r]*loss=\d\.\d+, tokens/s=[\d,]+\]", capsys.readouterr().err)
 
 
 def test_counts_and_card(workplace):

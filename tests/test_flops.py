@@ -16,15 +16,17 @@
 import pytest
 import torch
 from conftest import VARIANTS, tiny_config
+from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from transformers_ddl import DDLConfig, DDLForCausalLM
+from transformers_ddl import DDLConfig, DDLForCausalLM, DDLForSequenceClassification
 from transformers_ddl.flops import (
     PARTS,
     activation_bytes,
     count_parameters,
     forward_flops_per_token,
     state_flops_per_token,
+    training_flops,
     training_flops_per_token,
 )
 from transformers_ddl.modeling_ddl import COMPRESSORS, RESIDUALS, DDLChannelCompressor, DDLEmbeddingConvolution
@@ -96,6 +98,33 @@ def test_training_flops(config):
         model(input_ids, labels=input_ids).loss.backward()
     _, total = counted_by_module(counter)
     assert total == BATCH * TOKENS * training_flops_per_token(config, TOKENS)
+
+
+def test_training_flops_of_a_classifier():
+    """With its own head in the place of that over the vocabulary."""
+    config = tiny_config("cc", num_labels=3, pad_token_id=0)
+    config._attn_implementation = "eager"
+    model = DDLForSequenceClassification(config)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.ones(BATCH, TOKENS, dtype=torch.long), labels=torch.tensor([0, 2])).loss.backward()
+    counted = sum(counter.get_flop_counts()["DDLForSequenceClassification"].values())
+    counted -= sum(counter.get_flop_counts().get("DDLForSequenceClassification.model.rotary_emb", {}).values())
+    # The loss looks at one token of a text, so that all others have no gradient in the head
+    assert counted == BATCH * TOKENS * training_flops(model)(TOKENS)
+
+
+def test_training_flops_with_adapters():
+    """No gradients for what is not trained; before the first adapter nothing at all goes backwards."""
+    config = tiny_config("scalar", num_hidden_layers=6, hidden_size=100, intermediate_size=200)
+    config._attn_implementation = "eager"
+    model = DDLForCausalLM(config)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    input_ids = torch.zeros(BATCH, TOKENS, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids, labels=input_ids).loss.backward()
+    expected = BATCH * TOKENS * training_flops(model)(TOKENS)
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.03)
+    assert expected < 0.9 * BATCH * TOKENS * training_flops_per_token(config, TOKENS)
 
 
 def elementwise_flops(function, *inputs):

@@ -168,7 +168,7 @@ def test_killed_while_streaming(workplace):
 @pytest.mark.slow
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_two_processes_continued_by_one(workplace, streaming):
-    """The same sequences in every step: the losses differ by the order of sums alone."""
+    """The same sequences in every step, the last of an epoch included: the losses differ by the order of sums alone."""
     source = ("--data.streaming", streaming, "--data.window", "25")
     assert pretrain(*source, "--training.output_dir", "one") == 0
     launch = [

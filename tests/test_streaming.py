@@ -15,6 +15,8 @@
 
 import itertools
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from transformers_ddl.cli import InputError
 from transformers_ddl.data import DataArguments
-from transformers_ddl.streaming import DocumentStream, StreamedText
+from transformers_ddl.streaming import DocumentStream, StreamedText, ahead
 from transformers_ddl.tokenization import train_tokenizer
 
 
@@ -69,6 +71,33 @@ def test_blocks_do_not_depend_on_where_and_by_whom_they_are_read(args, tokenizer
     assert torch.equal(read(text, 131, 20), everything[131:151])
     assert (tmp_path / "lost").read_text() == journal[: len((tmp_path / "lost").read_text())]
     assert not torch.equal(read(streamed(args, tokenizer, tmp_path / "other", seed=1), 0, 200), everything)
+
+
+def test_next_window_is_made_while_one_is_used():
+    made = [threading.Event() for _ in range(3)]
+
+    def windows():
+        for number, event in enumerate(made):
+            event.set()
+            yield number
+
+    with ThreadPoolExecutor() as pool:
+        for number in ahead(windows(), pool):
+            assert number == 2 or made[number + 1].wait(timeout=10)
+        assert number == 2
+
+
+def test_reading_can_be_given_up(args, tokenizer, tmp_path):
+    """Without a thread that reads on from the sources that others read."""
+    text = streamed(args, tokenizer, tmp_path / "journal")
+    everything = read(text, 0, 60)
+    threads = threading.active_count()
+    blocks = iter(text)
+    next(blocks)
+    assert threading.active_count() > threads
+    blocks.close()
+    assert threading.active_count() == threads
+    assert torch.equal(read(text, 0, 60), everything)
 
 
 def test_torn_journal(args, tokenizer, tmp_path):

@@ -177,15 +177,39 @@ def test_tensorboard(finished):
     workplace, _ = finished
     (folder,) = (workplace / "out" / "runs").iterdir()
     events = EventAccumulator(str(folder)).Reload()
-    for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "total_flos"):
+    for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "flops_so_far"):
         steps = [event.step for event in events.Scalars(f"train/{name}")]
-        first, summary = (2 if name == "tokens_per_second" else 1), ([30] if name == "total_flos" else [])
-        assert steps == [*range(first, 31), *summary]
+        assert steps == [*range(2 if name == "tokens_per_second" else 1, 31)]
     for place in ("00.attention", "00.mlp", "01.attention", "01.mlp"):
         assert [event.step for event in events.Scalars(f"train/gate/{place}")] == [1, 11, 21]
     config = AutoModelForCausalLM.from_pretrained(workplace / "out").config
     expected = 30 * 4 * BLOCK_SIZE * training_flops_per_token(config, BLOCK_SIZE)
-    assert events.Scalars("train/total_flos")[-1].value == pytest.approx(expected, rel=1e-6)  # float32
+    assert events.Scalars("train/flops_so_far")[-1].value == pytest.approx(expected, rel=1e-6)  # float32
+
+
+FIGURES = {f"train/{name}" for name in ("loss", "grad_norm", "tokens_per_second", "flops_so_far", "gate/00.mlp")}
+
+
+def test_wandb(workplace, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert pretrain("--training.report_to", "wandb") == 0
+    assert FIGURES <= {*wandb.run.summary.keys()}
+    wandb.finish()
+
+
+def test_trackio(workplace, monkeypatch):
+    trackio = pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(workplace / "trackio"))
+    log, logged = trackio.Run.log, set()
+
+    def listen(self, metrics, **options):
+        logged.update(metrics)
+        log(self, metrics, **options)
+
+    monkeypatch.setattr(trackio.Run, "log", listen)
+    assert pretrain("--training.report_to", "trackio", "--training.trackio_static_space_id", "false") == 0
+    assert FIGURES <= logged
 
 
 def test_samples(finished):

@@ -117,7 +117,7 @@ class ResumableTrainer(Trainer):
                 logs["tokens_per_second"] = (tokens - last_tokens) / (now - last_time)
                 if peak := peak_flops():
                     logs["mfu"] = (flops - last_flops) / (now - last_time) / (peak * self.args.world_size)
-            logs["total_flos"] = flops
+            logs["flops_so_far"] = flops  # as `total_flos`, W&B and trackio would not draw it
             self.last_log = now, tokens, flops
         super().log(logs, start_time)
 

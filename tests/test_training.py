@@ -13,6 +13,7 @@
 # limitations under the License.
 """The pretraining command: what it writes, what it measures, and what it refuses."""
 
+import functools
 import json
 import math
 import re
@@ -28,6 +29,7 @@ from huggingface_hub import ModelCard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from transformers_ddl import DDLForCausalLM
 from transformers_ddl.cli import main
 from transformers_ddl.data import DataArguments, read_corpus
 from transformers_ddl.flops import count_parameters, training_flops_per_token
@@ -291,6 +293,22 @@ def test_same_run_again_changes_nothing(finished, monkeypatch, capsys):
     assert f"{same_folder} holds this very run, finished" in output
     assert "bits per byte" in output
     assert contents(workplace) == before
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "documents"])
+def test_model_gets_no_masks(workplace, monkeypatch, packing):
+    """A mask, be it of ones, bars the fast kernels of attention and the recognition of packed documents."""
+    seen, forward = set(), DDLForCausalLM.forward
+
+    @functools.wraps(forward)
+    def observed(self, **kwargs):
+        seen.update(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
+        return forward(self, **kwargs)
+
+    monkeypatch.setattr(DDLForCausalLM, "forward", observed)
+    pretrain("--training.max_steps", "2", "--data.packing", packing)
+    columns = {"input_ids", "labels", "position_ids"} if packing == "documents" else {"input_ids", "labels"}
+    assert seen - {"num_items_in_batch"} == columns
 
 
 def test_runs_are_reproducible(workplace):

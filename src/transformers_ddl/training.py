@@ -357,6 +357,8 @@ def pretrain(run: Run) -> str | None:
             args=run.training,
             train_dataset=text.train,
             eval_dataset=text.held_out.blocks,
+            # A tokenizer's collator adds a mask of ones, which bars attention's fast kernels and hides packed documents
+            data_collator=default_data_collator,
             audited_inputs=default_data_collator([text.held_out.blocks[0]]),
             processing_class=tokenizer,
             preprocess_logits_for_metrics=token_losses,

@@ -12,53 +12,77 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Is it worth converting a Llama? Pretrains a small Llama, converts it, and continues the DDL models and, on the same batches
-with the same optimiser, the Llama: for the same number of tokens, and for as many as it reads in the seconds that the DDL
-model took. The held-out losses are recorded against tokens and seconds.
+Is it worth converting a Llama? For every seed, pretrains a small Llama and continues it with Trainer in several arms, from the
+same weights, on the same batches, with a new optimiser:
 
-    python benchmarks/convert_llama.py --source my_corpus.parquet --seeds 0 1 2 --output results.json
+    llama           as it is
+    scalar, cc      converted, n = 1 and n = 4; the anchors are trained like everything else
+    ..._annealed    the same, with anchors that are taken to the pure delta rule within the first half of the steps
 
-The default sizes run on a CPU within minutes.
+Converted models train for as many tokens as the Llama and, in another run, for the seconds that the Llama took: for the steps
+that their measured speed allows, so that the learning rate has come down at the end of both. Every arm tries the same
+learning rates on the first seed and keeps its best for all. No batch is seen twice as long as the text is long enough.
+Compilation is not timed, nor are evaluations.
+
+    python benchmarks/convert_llama.py --data FOLDER_OF_THE_TEXTS --seconds 540
+
+The grid says which texts, sizes and batches; its tokens are those of `transformers-ddl compare run`. Runs are added to
+`results.jsonl` as they end and not repeated: a benchmark that was interrupted continues where it was. The last lines are a table,
+also in `report.json`. In a minute on a CPU:
+
+    python benchmarks/convert_llama.py --grid configs/compare/toy.yaml --data FOLDER_OF_THE_TEXTS --output outputs/toy_llama \
+        --pretrain-steps 40 --steps 20
 """
 
 import argparse
-import copy
 import json
+import math
 import time
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, stdev
 
 import torch
-import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
+from transformers_ddl.comparison import TokenBlocks, environment, prepare_tokens
+from transformers_ddl.comparison_grid import Grid, digest
 from transformers_ddl.conversion import AnchorAnnealingCallback, convert_llama
-from transformers_ddl.data import DataArguments, pack, read_corpus, train_tokenizer
+from transformers_ddl.trainer import ResumableTrainer
 
 
-# Options of the conversion, and the share of the continued training in which anchors are annealed
+# Options of the conversion, and the share of the steps within which anchors are annealed
 CONVERSIONS = {
     "scalar": ({}, None),
-    "scalar-annealed": ({}, 0.5),
     "cc": ({"num_value_channels": 4}, None),
-    "cc-annealed": ({"num_value_channels": 4}, 0.5),
+    "scalar_annealed": ({}, 0.5),
+    "cc_annealed": ({"num_value_channels": 4}, 0.5),
 }
 
+# While compiling, transformers writes out even a plain causal mask, which bars sdpa's fast kernels: the Llama would be slower
+# than it has to be
+ALL_ATTENTION_FUNCTIONS.register("unmasked_sdpa", sdpa_attention_forward)
+ALL_MASK_ATTENTION_FUNCTIONS.register("unmasked_sdpa", lambda *args, **kwargs: None)
 
-class Curve(TrainerCallback):
-    """Held-out losses of a training, by tokens and by seconds spent on its steps."""
 
-    def __init__(self, tokens_per_step: int):
-        self.tokens_per_step = tokens_per_step
-        self.seconds, self.points = 0.0, []
+class TimedTrainer(ResumableTrainer):
+    """Records held-out losses, in nats per token, against the seconds spent on training; the GPU is waited for at evaluations only."""
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seconds, self.curve, self.begin = 0.0, [], None
+
+    def evaluate(self, *args, **kwargs):
+        if self.begin is not None:
+            self.seconds += now() - self.begin
+        metrics = super().evaluate(*args, **kwargs)
+        self.curve.append({"step": self.state.global_step, "seconds": self.seconds, "loss": metrics["eval_loss"]})
         self.begin = now()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds += now() - self.begin
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        tokens = state.global_step * self.tokens_per_step
-        self.points.append({"tokens": tokens, "seconds": self.seconds, "loss": metrics["eval_loss"]})
+        return metrics
 
 
 def now() -> float:
@@ -67,112 +91,256 @@ def now() -> float:
     return time.perf_counter()
 
 
-def train(model, steps: int, learning_rate: float, seed: int, blocks, args, callbacks=()) -> Curve:
-    """Trains a model in place, from a new optimiser state; `seed` decides the order of batches."""
-    curve = Curve(args.batch_size * args.block_size)
-    training = TrainingArguments(
-        args.work_dir,
-        max_steps=steps,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 20,
-        weight_decay=0.1,
-        adam_beta2=0.95,
-        bf16=torch.cuda.is_available(),
-        eval_strategy="steps",
-        eval_steps=max(steps // 10, 1),
-        eval_on_start=True,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        seed=seed,
-    )
-    Trainer(
-        model, training, train_dataset=blocks["train"], eval_dataset=blocks["held_out"], callbacks=[curve, *callbacks]
-    ).train()
-    return curve
+def collate(blocks: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    input_ids = torch.stack(blocks)
+    return {"input_ids": input_ids, "labels": input_ids}
+
+
+class OutOfTime(Exception):
+    """No further run may begin."""
+
+
+class Benchmark:
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.deadline = time.monotonic() + options.seconds
+        self.grid = Grid.from_yaml(options.grid)
+        self.output = Path(options.output)
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.results = self.output / "results.jsonl"
+        self.models = {}  # one of each architecture, which is compiled once
+
+        tokens = prepare_tokens(self.grid, Path(options.data))
+        self.length, self.batch_size = self.grid.model["max_position_embeddings"], self.grid.training["batch_size"]
+        # Blocks that overlap by a token, so that every token but the first is predicted
+        self.train_blocks, held_out = (
+            TokenBlocks(tokens / f"{name}.npy", self.length - 1, torch.device("cpu"))
+            for name in ("train", "validation")
+        )
+        # Without the last block, which is padded, and in whole batches, as another size would be compiled once more
+        num_held_out = (len(held_out) - 1) // self.batch_size * self.batch_size
+        self.held_out = held_out[torch.arange(num_held_out)]
+        settings = {name: value for name, value in vars(options).items() if name in SETTINGS}
+        self.settings = settings | {"model": self.grid.model, "batch_size": self.batch_size, "data": tokens.name}
+
+    # Models
+
+    def pretrained(self, seed: int) -> LlamaForCausalLM:
+        """The Llama to continue, from its folder if a call before this one has pretrained it."""
+        folder = self.output / f"llama-{digest(json.dumps([self.settings, seed]).encode())}"
+        if not folder.exists():
+            set_seed(seed)
+            model = self.compiled("llama", LlamaForCausalLM(self.llama_config))
+            lr, steps = self.options.pretrain_lr, self.options.pretrain_steps
+            self.record("pretrained", seed, lr, "tokens", self.train(model, lr, steps, seed, first_step=0))
+            model.save_pretrained(folder)
+        return LlamaForCausalLM.from_pretrained(folder, attn_implementation="unmasked_sdpa")
+
+    @cached_property
+    def llama_config(self) -> LlamaConfig:
+        return LlamaConfig(
+            **self.grid.model,
+            vocab_size=self.grid.data["vocab_size"],
+            intermediate_size=8 * self.grid.model["hidden_size"] // 3,
+            tie_word_embeddings=True,
+            attn_implementation="unmasked_sdpa",
+        )
+
+    def compiled(self, architecture: str, model: PreTrainedModel) -> PreTrainedModel:
+        """The model of an architecture that Trainer has compiled, with the parameters of the given one."""
+        if architecture not in self.models:
+            self.check_time()
+            start = time.monotonic()
+            self.models[architecture] = model
+            if self.grid.training.get("compile", True):
+                model.compile(dynamic=False)
+                self.train(model, lr=0.0, steps=2, seed=0, first_step=0)  # changes no parameter
+                print(f"{architecture}: compiled in {time.monotonic() - start:.0f} s", flush=True)
+        else:
+            self.models[architecture].load_state_dict(model.state_dict())
+        return self.models[architecture]
+
+    # Runs
+
+    def check_time(self):
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
+
+    def train(
+        self, model: PreTrainedModel, lr: float, steps: int, seed: int, first_step: int, callbacks: list | None = None
+    ) -> TimedTrainer:
+        """Trains a model on the batches of a seed from `first_step` on."""
+        order = self.train_blocks.order((first_step + steps) * self.batch_size, seed)[first_step * self.batch_size :]
+        arguments = TrainingArguments(
+            self.output / "trainer",
+            max_steps=steps,
+            per_device_train_batch_size=self.batch_size,
+            per_device_eval_batch_size=self.batch_size,
+            train_sampling_strategy="sequential",
+            learning_rate=lr,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.1},
+            warmup_steps=steps // 20,
+            adam_beta2=0.95,
+            weight_decay=0.1,
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            eval_strategy="steps",
+            eval_steps=math.ceil(steps / 4),
+            eval_on_start=True,
+            prediction_loss_only=True,
+            logging_steps=math.ceil(steps / 4),
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            seed=seed,
+        )
+        trainer = TimedTrainer(
+            model,
+            arguments,
+            data_collator=collate,
+            train_dataset=self.train_blocks[order],
+            eval_dataset=self.held_out,
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        if trainer.curve[-1]["step"] < steps:
+            trainer.evaluate()
+        return trainer
+
+    def identifier(self, arm: str, seed: int, lr: float, budget: str) -> str:
+        return digest(json.dumps([self.settings, arm, seed, lr, budget]).encode())
+
+    def finished(self) -> list[dict]:
+        lines = self.results.read_text(encoding="utf-8").splitlines() if self.results.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def record(self, arm: str, seed: int, lr: float, budget: str, trainer: TimedTrainer) -> dict:
+        """Adds a run to the results; `budget` says whether it had the tokens or the seconds of the Llama."""
+        steps, seconds, loss = trainer.curve[-1].values()
+        tokens = steps * self.batch_size * self.length
+        result = {
+            "id": self.identifier(arm, seed, lr, budget),
+            "arm": arm,
+            "seed": seed,
+            "lr": lr,
+            "budget": budget,
+            "steps": steps,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "loss": loss,
+            "curve": trainer.curve,
+            "settings": self.settings,
+            **environment(),
+        }
+        with open(self.results, "a", encoding="utf-8") as file:
+            file.write(json.dumps(result, allow_nan=False) + "\n")
+        print(
+            f"seed {seed} {arm} lr {lr:g} equal {budget}: {trainer.curve[0]['loss']:.4f} -> {loss:.4f} nats, {steps} steps "
+            f"in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s",
+            flush=True,
+        )
+        return result
+
+    def continued(self, arm: str, seed: int, lr: float, budget: str = "tokens", steps: int | None = None) -> dict:
+        """The result of a run that continues the Llama of a seed, which is made if it is missing."""
+        identifier = self.identifier(arm, seed, lr, budget)
+        for result in self.finished():
+            if result["id"] == identifier:
+                return result
+        steps, callbacks, architecture, model = steps or self.options.steps, [], arm, self.pretrained(seed)
+        if arm != "llama":
+            conversion, annealed_share = CONVERSIONS[arm]
+            architecture, model = json.dumps(conversion), convert_llama(model, **conversion)
+            if annealed_share is not None:
+                callbacks.append(AnchorAnnealingCallback(round(annealed_share * steps)))
+        model = self.compiled(architecture, model)
+        self.check_time()
+        trainer = self.train(model, lr, steps, seed, self.options.pretrain_steps, callbacks)
+        return self.record(arm, seed, lr, budget, trainer)
+
+    def run(self):
+        arms, seeds = ["llama", *self.options.arms], self.grid.seeds
+        best = {}
+        for arm in arms:
+            trials = [self.continued(arm, seeds[0], lr) for lr in self.options.lrs]
+            best[arm] = min(trials, key=lambda trial: trial["loss"])["lr"]
+        results = []
+        for seed in seeds:
+            equal_tokens = {arm: self.continued(arm, seed, best[arm]) for arm in arms}
+            results += equal_tokens.values()
+            for arm in self.options.arms:
+                speed = equal_tokens[arm]["tokens_per_second"] / equal_tokens["llama"]["tokens_per_second"]
+                steps = round(speed * self.options.steps)
+                results.append(self.continued(arm, seed, best[arm], "seconds", steps))
+        self.report(results)
+
+    def report(self, results: list[dict]):
+        """Writes and prints means over seeds, with standard errors, and differences from the Llama of the same seed."""
+        llama = {result["seed"]: result["loss"] for result in results if result["arm"] == "llama"}
+        rows = []
+        for arm, budget in dict.fromkeys((result["arm"], result["budget"]) for result in results):
+            runs = [result for result in results if (result["arm"], result["budget"]) == (arm, budget)]
+            differences = [run["loss"] - llama[run["seed"]] for run in runs]
+            rows.append(
+                {
+                    "arm": arm,
+                    "budget": budget,
+                    "lr": runs[0]["lr"],
+                    "seeds": [run["seed"] for run in runs],
+                    "start_loss": mean(run["curve"][0]["loss"] for run in runs),
+                    "loss": mean(run["loss"] for run in runs),
+                    "loss_standard_error": standard_error([run["loss"] for run in runs]),
+                    "difference": mean(differences),
+                    "difference_standard_error": standard_error(differences),
+                    "differences": differences,
+                    "seconds": mean(run["seconds"] for run in runs),
+                    "tokens": mean(run["tokens"] for run in runs),
+                    "tokens_per_second": mean(run["tokens_per_second"] for run in runs),
+                }
+            )
+        report = {"settings": self.settings, **environment(), "rows": rows}
+        (self.output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        print("| arm | equal | lr | loss | difference | of each seed | seconds | Mtokens | thousand tokens/s |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        for row in rows:
+            print(
+                f"| {row['arm']} | {row['budget']} | {row['lr']:g} | {row['loss']:.4f} ± {row['loss_standard_error']:.4f} "
+                f"| {row['difference']:+.4f} ± {row['difference_standard_error']:.4f} "
+                f"| {', '.join(f'{difference:+.4f}' for difference in row['differences'])} "
+                f"| {row['seconds']:.1f} | {row['tokens'] / 1e6:.1f} | {row['tokens_per_second'] / 1e3:,.0f} |"
+            )
+
+
+def standard_error(values: list[float]) -> float:
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+# Options that a result depends on
+SETTINGS = ("pretrain_steps", "pretrain_lr", "steps")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", default="stdlib", help="text, as for `transformers-ddl pretrain`")
-    parser.add_argument("--vocab_size", type=int, default=1024)
-    parser.add_argument("--hidden_size", type=int, default=96)
-    parser.add_argument("--num_hidden_layers", type=int, default=3)
-    parser.add_argument("--num_attention_heads", type=int, default=3)
-    parser.add_argument("--block_size", type=int, default=128)
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--eval_blocks", type=int, default=64, help="largest number of held-out blocks to evaluate on")
-    parser.add_argument("--pretrain_steps", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=100, help="of the continued training")
-    parser.add_argument("--pretrain_learning_rate", type=float, default=3e-3)
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the continued training")
-    parser.add_argument("--models", nargs="+", default=list(CONVERSIONS), choices=CONVERSIONS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--work_dir", default="outputs/convert_llama")
-    parser.add_argument("--output", help="JSON file to write")
-    args = parser.parse_args()
-
-    corpus = read_corpus(DataArguments(args.source))
-    tokenizer = train_tokenizer(corpus.train["text"], args.vocab_size)
-    blocks = {
-        name: pack(documents, tokenizer, block_size=args.block_size).blocks
-        for name, documents in (("train", corpus.train), ("held_out", corpus.held_out))
-    }
-    blocks["held_out"] = blocks["held_out"].select(range(min(args.eval_blocks, len(blocks["held_out"]))))
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.hidden_size,
-        intermediate_size=8 * args.hidden_size // 3,
-        num_hidden_layers=args.num_hidden_layers,
-        num_attention_heads=args.num_attention_heads,
-        max_position_embeddings=args.block_size,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-
-    results = []
-
-    def record(name: str, seed: int, curve: Curve):
-        first, last = curve.points[0], curve.points[-1]
-        print(
-            f"seed {seed} {name:32s} loss {first['loss']:.4f} -> {last['loss']:.4f} "
-            f"after {last['tokens']:,} tokens and {last['seconds']:.1f} s",
-            flush=True,
-        )
-        results.append({"seed": seed, "model": name, "curve": curve.points})
-        if args.output:
-            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-            versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-            with open(args.output, "w") as file:
-                json.dump({"device": device, **versions, "settings": vars(args), "results": results}, file, indent=1)
-
-    for seed in args.seeds:
-        set_seed(seed)
-        llama = LlamaForCausalLM(config)
-        record(
-            "pretrained llama",
-            seed,
-            train(llama, args.pretrain_steps, args.pretrain_learning_rate, seed, blocks, args),
-        )
-
-        def continue_training(model, steps=args.steps, callbacks=()):
-            return train(model, steps, args.learning_rate, seed + 1, blocks, args, callbacks)
-
-        baseline = continue_training(copy.deepcopy(llama))
-        record("llama", seed, baseline)
-        for name in args.models:
-            options, annealed = CONVERSIONS[name]
-            callbacks = [] if annealed is None else [AnchorAnnealingCallback(int(annealed * args.steps))]
-            curve = continue_training(convert_llama(llama, **options), callbacks=callbacks)
-            record(name, seed, curve)
-            equal_time_steps = round(args.steps * curve.seconds / baseline.seconds)
-            record(f"llama for the time of {name}", seed, continue_training(copy.deepcopy(llama), equal_time_steps))
+    parser.add_argument("--grid", default="configs/compare/33m.yaml", help="of `transformers-ddl compare run`")
+    parser.add_argument("--data", default=".", help="folder to which the grid's data files are relative")
+    parser.add_argument("--output", default="outputs/convert_llama", help="folder of results and pretrained Llamas")
+    parser.add_argument("--pretrain-steps", type=int, default=300)
+    parser.add_argument("--pretrain-lr", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=200, help="of the continued Llama")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 2e-3], help="to try when continuing")
+    parser.add_argument("--arms", nargs="*", default=["scalar", "cc"], choices=CONVERSIONS, help="beside the Llama")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no further run begins")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        Benchmark(parser.parse_args()).run()
+    except OutOfTime:
+        print("time is up, to be continued", flush=True)
 
 
 if __name__ == "__main__":

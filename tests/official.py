@@ -133,7 +133,7 @@ def rms_norm(x, weight):
 
 def rotate(x, config):
     """Heads `[batch, sequence, heads, head_dim]`: the first `rope_ratio` of the features turn, in two halves."""
-    rotary = int(x.shape[-1] * config.get("rope_ratio", 1.0))
+    rotary = int(x.shape[-1] * config.get("rope_ratio", 1.0)) // 2 * 2
     frequencies = config.get("rope_base", 10_000.0) ** (-torch.arange(0, rotary, 2, dtype=x.dtype) / rotary)
     angles = torch.outer(torch.arange(x.shape[1], dtype=x.dtype), frequencies)[:, None]
     first, second, rest = x.split([rotary // 2, rotary // 2, x.shape[-1] - rotary], dim=-1)

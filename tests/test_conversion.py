@@ -41,6 +41,7 @@ from transformers import (
 
 from transformers_ddl import DDLForCausalLM, cli, conversion
 from transformers_ddl.conversion import AnchorAnnealingCallback, convert_llama, convert_official_checkpoint
+from transformers_ddl.modeling_ddl import DDLRotaryEmbedding
 
 
 # Checkpoints of the authors' research code
@@ -57,6 +58,8 @@ OPTIONS = {
     "key-eps": ("tc", {"ddl_k_eps": 0.5}),
     "partial-rotary": ("cc", {"rope_ratio": 0.75}),
     "partial-rotary-additive": ("additive", {"rope_ratio": 0.4}),
+    "odd-heads": ("cc", {"head_dim": 7}),
+    "partial-rotary-odd-heads": ("scalar", {"head_dim": 49, "rope_ratio": 0.5}),
     "rope-base": ("scalar", {"rope_base": 500.0}),
     "scaled-logits": ("cc", {"mup": True, "hidden_size_base": 12}),
 }
@@ -157,10 +160,27 @@ REFUSED_OPTIONS = [
     ("cc", "later", {"ddl_state_dv_shortconv_causal": True}, "ddl_state_dv_shortconv_causal=True"),
     ("cc", "first", {"ddl_v_constant": True, "ddl_v_constant_value": -1.0}, "value_scale"),
     ("additive", "first", {"rms_norm_eps": 1e-6}, "rms_norm_eps=1e-06"),
-    ("scalar", "first", {"rope_ratio": 0.0}, "partial_rotary_factor"),
+    ("scalar", "first", {"rope_ratio": 0.0}, "rope_ratio=0.0"),
+    ("scalar", "first", {"rope_ratio": 1.5}, "rope_ratio=1.5"),
     ("scalar", "first", {"num_attention_heads": 9}, "num_attention_heads is 9"),
     ("cc", "first", {"ddl_value_channels": 2}, "ddl_value_channels is 2"),
     ("cc", "first", {"hidden_size": 21}, "hidden_size is 21"),
+    ("cc", "first", {"intermediate_size": 54}, "intermediate_size is 54"),
+    ("cc", "first", {"use_qk_rmsnorm": False}, "use_qk_rmsnorm is False"),
+    ("cc", "first", {"ddl_state_shortconv_kernel_size": 3}, "ddl_state_shortconv_kernel_size is 3"),
+    ("cc", "first", {"ddl_beta_single_linear": False}, "ddl_beta_single_linear is False"),
+    ("cc-two-layer-gate", "later", {"ddl_beta_single_linear": True}, "ddl_beta_single_linear is True"),
+    ("cc-two-layer-gate", "later", {"ddl_beta_hidden_size": 128}, "ddl_beta_hidden_size is 128"),
+    ("cc", "first", {"input_embed_shortconv_kernel_size": 4}, "input_embed_shortconv_kernel_size is 4"),
+    ("cc-ec", "later", {"input_embed_shortconv_kernel_size": 4}, "input_embed_shortconv_kernel_size is 4"),
+    ("tc-ec", "later", {"input_embed_shortconv_kernel_size": None}, "input_embed_shortconv_kernel_size is None"),
+    ("scalar", "first", {"ddl_value_channels": 4}, "ddl_value_channels is 4"),
+    ("scalar", "later", {"ddl_state_shortconv_kernel_size": 4}, "ddl_state_shortconv_kernel_size is 4"),
+    ("additive", "first", {"ddl_k_eps": 1e-5}, "missing parameter .*ddl_attn.*ddl_k_eps"),
+    ("scalar", "later", {"ddl_sequence_reduction_version": 2}, "ddl_sequence_reduction_version=2"),
+    ("scalar", "later", {"parameterization": "muP"}, "parameterization='muP'"),
+    ("scalar", "later", {"parameterization": "standard", "mup": True}, "mup=True contradicts"),
+    ("scalar", "later", {"parameterization": "widthmuP", "mup": False}, "mup=False contradicts"),
 ]
 
 
@@ -169,6 +189,52 @@ def test_official_options_that_cannot_be_converted(case, layout, options, messag
     parameters, config = official_checkpoint(case, layout)
     with pytest.raises(ValueError, match=message):
         convert_official_checkpoint(parameters, {**config, **options})
+
+
+MUP_OPTIONS = [
+    ({"mup": True}, 12 / 20),
+    ({"mup": False}, None),
+    ({"parameterization": "widthmuP"}, 12 / 20),
+    ({"parameterization": "widthmuP", "mup": True}, 12 / 20),
+    ({"parameterization": "completeP", "num_hidden_layers_base": 2}, 12 / 20),
+    ({"parameterization": "spectralP", "num_hidden_layers_base": 4, "residual_branch_mult": 1.0}, 12 / 20),
+    ({"parameterization": "standard"}, None),
+]
+
+
+@layouts
+@pytest.mark.parametrize("options, scale", MUP_OPTIONS, ids=str)
+def test_official_logits_scale(options, scale, layout):
+    parameters, config = official_checkpoint("scalar", layout)
+    ddl_config, _ = convert_official_checkpoint(parameters, {**config, "hidden_size_base": 12, **options})
+    assert ddl_config.logits_scale == scale
+
+
+@pytest.mark.parametrize("group", ["input_embed", "ddl_", "compress|readout", "ddl_|compress|readout|input_embed"])
+def test_official_missing_groups(group):
+    """What is left looks like another variant; the options tell that it is not."""
+    parameters, config = official_checkpoint("cc-ec")
+    rest = {name: tensor for name, tensor in parameters.items() if not re.search(group, name)}
+    with pytest.raises(ValueError, match="ddl_|input_embed"):
+        convert_official_checkpoint(rest, {**config, "ddl_k_eps": 1e-5})
+
+
+def test_official_parameters_of_several_dtypes():
+    parameters, config = official_checkpoint()
+    parameters["ln_f.weight"] = parameters["ln_f.weight"].bfloat16()
+    with pytest.raises(ValueError, match="but ln_f.weight of torch.bfloat16; allowed: one dtype"):
+        convert_official_checkpoint(parameters, config)
+
+
+@pytest.mark.parametrize("head_dim", range(3, 130))
+def test_official_rotary_features(head_dim):
+    """Exactly as many features turn as theirs turn: ⌊head_dim · ratio⌋, made even."""
+    variant, config = "additive", {**official.SIZES, "num_attention_heads": 1, "head_dim": head_dim, "rope_ratio": 1.0}
+    parameters = official.random_parameters(variant, config, "first", torch.float32)
+    for rotary_dim in range(2, head_dim + 1, 2):
+        config["rope_ratio"] = (rotary_dim + 0.5) / head_dim if rotary_dim < head_dim else 1.0
+        ddl_config, _ = convert_official_checkpoint(parameters, config)
+        assert 2 * len(DDLRotaryEmbedding(ddl_config).inv_freq) == rotary_dim
 
 
 @pytest.mark.parametrize(
@@ -215,7 +281,9 @@ def test_official_unexpected_parameters(case, name):
         ("cc", "transformer.h.0.attn.c_k.weight", (20, 18)),
         ("cc", "transformer.h.1.ln_1.weight", (21,)),
         ("tc", "transformer.h.1.compress.shortconv.weight", (3, 80)),
-        ("cc-ec", "input_embed.conv.weight", (80, 3, 1)),
+        ("cc-ec", "input_embed.conv.weight", (80, 2, 3)),
+        ("cc", "transformer.h.0.compress.read", (4, 1)),
+        ("scalar", "transformer.h.0.attn.q_rms.weight", (6, 1)),
     ],
 )
 def test_official_wrong_shapes(case, name, shape):

@@ -328,7 +328,7 @@ class DDLConfig(LlamaConfig):
                 f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}), "
                 f"got {self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 and "partial_rotary_factor" not in self.rope_parameters:
             raise ValueError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")

@@ -19,7 +19,6 @@ code, `transformers-ddl convert llama MODEL OUT` for Llamas.
 import argparse
 import copy
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,10 +97,13 @@ OFFICIAL_NEUTRAL_OPTIONS = {
     **dict.fromkeys(("using_groupnorm", "use_output_gate", "use_k_shift", "use_v_shift"), (None, False)),
     **dict.fromkeys(("q_activation", "k_activation", "v_activation"), (None, "identity")),
     "residual_branch_mult": (None, 1),
+    "ddl_sequence_reduction_version": (None, 1),
 }
-# Values of the authors' `parameterization` that scale the logits, and those that also scale the residual branches
-OFFICIAL_LOGITS_SCALED = ("widthmup", "completep", "spectralp")
-OFFICIAL_BRANCHES_SCALED = ("completep", "spectralp")
+# Values of the authors' `parameterization` that scale the residual branches and the logits, those that scale the logits (as
+# `mup` did in their first release; other values change nothing), and those that they themselves refuse
+OFFICIAL_BRANCHES_SCALED = ("completeP", "completep", "spectralP", "SpectralP", "spectralp")
+OFFICIAL_LOGITS_SCALED = ("widthmuP", "widthmup", *OFFICIAL_BRANCHES_SCALED)
+OFFICIAL_PARAMETERIZATIONS_REFUSED = ("muP", "mup")
 
 
 def convert_official_checkpoint(
@@ -130,16 +132,18 @@ def convert_official_checkpoint(
         consume_prefix_in_state_dict_if_present(state_dict, prefix)
 
     sources = {}  # our name: theirs
-    for source in state_dict:
+    for source, tensor in state_dict.items():
         name = _official_to_ours(source)
         if name is None or name in sources:
             raise ValueError(f"unexpected parameter {source}: it belongs to no model that can be converted")
+        if name.endswith(("norm.weight", ".read")) and tensor.dim() != 1:
+            raise ValueError(f"{source} has the shape {tuple(tensor.shape)}, expected one dimension")
         sources[name] = source
     shapes = {name: tuple(state_dict[source].shape) for name, source in sources.items()}
     ddl_config = _official_config(shapes, config, is_later_release=any(".o_proj." in source for source in state_dict))
     head, embedding = (state_dict.get(sources.get(name)) for name in ("lm_head.weight", "model.embed_tokens.weight"))
     ddl_config.tie_word_embeddings = head is None or torch.equal(head, embedding)
-    ddl_config.dtype = embedding.dtype
+    ddl_config.dtype = _common_dtype(state_dict)
 
     with torch.device("meta"):
         expected = DDLForCausalLM(ddl_config).state_dict()
@@ -188,7 +192,8 @@ def _official_config(
     shapes: dict[str, tuple[int, ...]], options: Mapping[str, Any], is_later_release: bool
 ) -> DDLConfig:
     """The configuration that the shapes of the parameters, under our names, and the options of a checkpoint say."""
-    options = {name: value for name, value in options.items() if value is not None}
+    ec_option = "input_embed_shortconv_kernel_size"
+    options = {name: value for name, value in options.items() if value is not None or name == ec_option}
     for name, neutral in OFFICIAL_NEUTRAL_OPTIONS.items():
         if options.get(name) not in neutral:
             raise ValueError(f"{name}={options[name]!r} cannot be converted; allowed: {neutral[-1]!r}")
@@ -198,82 +203,125 @@ def _official_config(
         if len(shapes.get(name, ())) != 2:
             raise ValueError(f"missing parameter {_ours_to_official(name)} with two dimensions")
     vocab_size, hidden_size = shapes["model.embed_tokens.weight"]
-    is_delta = f"{layer}attn_residual.beta_proj.weight" in shapes
-    has_qk_norm = f"{layer}self_attn.q_norm.weight" in shapes
-    if not has_qk_norm and options.get("use_qk_rmsnorm", True):
+
+    def first(*endings: str) -> str | None:
+        return next((name for name in shapes if name.endswith(endings)), None)
+
+    query_norm, read = first(".q_norm.weight"), first(".read")
+    if query_norm is None and options.get("use_qk_rmsnorm", True):
         raise ValueError(
             "missing parameter transformer.h.0.attn.q_rms.weight, which only use_qk_rmsnorm=False does without"
         )
-    (num_value_channels,) = shapes.get(f"{layer}compressor.read", (1,))
-    (head_dim,) = shapes.get(f"{layer}self_attn.q_norm.weight", (options.get("head_dim"),))
+    (num_value_channels,) = shapes.get(read, (1,))
+    (head_dim,) = shapes.get(query_norm, (options.get("head_dim"),))
     if head_dim is None:
         raise ValueError("head_dim is missing: without q_rms parameters, only the configuration can tell it")
+    is_delta = any(name.startswith((f"{layer}attn_residual.", f"{layer}mlp_residual.")) for name in shapes)
+    gate_hidden = shapes.get(first(".beta_hidden_proj.weight"))
+    compressor = shapes.get(first(".compressor.weight", ".readout.weight"))
+    embedding_conv = shapes.get("model.embedding_conv.weight")
+
     found = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
+        "intermediate_size": shapes[f"{layer}mlp.gate_proj.weight"][0],
         "num_hidden_layers": 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("model.layers.")),
         "num_attention_heads": shapes[f"{layer}self_attn.q_proj.weight"][0] // head_dim,
         "head_dim": head_dim,
+        "use_qk_rmsnorm": query_norm is not None,
+        "ddl_value_channels": num_value_channels,
+        "ddl_state_shortconv_kernel_size": compressor[-1] if compressor else None,
+        ec_option: embedding_conv[-1] if embedding_conv else None,
     }
+    if is_delta:
+        found["ddl_beta_single_linear"] = gate_hidden is None
+    if gate_hidden:
+        found["ddl_beta_hidden_size"] = gate_hidden[0]
+    for name, value in found.items():
+        if options.get(name, value) != value:
+            raise ValueError(f"{name} is {options[name]!r} in the configuration, but {value} by the parameters")
+
     ddl_options = {}
     if is_delta:
         constant = "ddl_v_dim1_constant" if num_value_channels == 1 else "ddl_v_constant"
         activation = "constant" if options.get(constant) else "sigmoid" if options.get("ddl_v_sigmoid", True) else None
         scales = {"constant": (f"{constant}_value", 2.0), "sigmoid": ("ddl_v_sigmoid_scale", 4.0)}
-        gate_hidden = shapes.get(f"{layer}attn_residual.beta_hidden_proj.weight")
         ddl_options = {
             "num_value_channels": num_value_channels,
             # Theirs keeps the gate's logit finite
             "gate_init": min(max(options.get("ddl_beta_init", 1.0), 2e-6), 2 - 2e-6),
-            "gate_hidden_size": gate_hidden and gate_hidden[0],
+            "gate_hidden_size": found.get("ddl_beta_hidden_size"),
             "value_activation": activation,
             "value_scale": options.get(*scales[activation]) if activation else None,
             "value_bias": activation != "constant",
             "key_eps": options.get("ddl_k_eps", 1e-5),
         }
-    elif options.get("rms_norm_eps", 1e-5) != 1e-5:
-        raise ValueError(f"rms_norm_eps={options['rms_norm_eps']} cannot be converted; allowed: 1e-05")
+    else:
+        for name in options:
+            if name.startswith("ddl_") and name not in OFFICIAL_NEUTRAL_OPTIONS:
+                raise ValueError(
+                    f"missing parameter transformer.h.0.ddl_attn.beta.weight: {name} is for models with it"
+                )
+        if options.get("rms_norm_eps", 1e-5) != 1e-5:
+            raise ValueError(f"rms_norm_eps={options['rms_norm_eps']} cannot be converted; allowed: 1e-05")
     if num_value_channels > 1:
-        compressor = shapes.get(f"{layer}compressor.weight", ())
-        is_channel = len(compressor) == 2 and compressor[0] == hidden_size
+        is_channel = compressor is not None and len(compressor) == 2 and compressor[0] == hidden_size
         if is_channel and is_later_release and options.get("ddl_state_dv_shortconv_causal"):  # had no effect before
             raise ValueError("ddl_state_dv_shortconv_causal=True cannot be converted; allowed: False")
-        embedding_conv = shapes.get("model.embedding_conv.weight")
         ddl_options |= {
             "compressor": "channel" if is_channel else "token",
-            "compressor_kernel_size": compressor[-1] if compressor else None,
+            "compressor_kernel_size": found["ddl_state_shortconv_kernel_size"],
             "embedding_conv": embedding_conv is not None,
-            "embedding_conv_kernel_size": embedding_conv and embedding_conv[-1],
+            "embedding_conv_kernel_size": found[ec_option],
         }
-        found |= {"ddl_value_channels": num_value_channels}
-    for name, value in found.items():
-        if options.get(name, value) != value:
-            raise ValueError(f"{name} is {options[name]!r} in the configuration, but {value} by the parameters")
 
-    parameterization = str(options.get("parameterization")).lower()
-    num_layers_base = options.get("num_hidden_layers_base", found["num_hidden_layers"])
-    if parameterization in OFFICIAL_BRANCHES_SCALED and num_layers_base != found["num_hidden_layers"]:
-        if options.get("residual_branch_mult") is None:
-            raise ValueError(f"num_hidden_layers_base={num_layers_base} cannot be converted: it scales the branches")
-    is_scaled = options.get("mup") or parameterization in OFFICIAL_LOGITS_SCALED
     rope = {"rope_type": "default", "rope_theta": float(options.get("rope_base", 10_000.0))}
-    if (rope_ratio := float(options.get("rope_ratio", 1.0))) != 1:
-        rope["partial_rotary_factor"] = int(head_dim * rope_ratio) // 2 * 2 / head_dim
+    rope_ratio = float(options.get("rope_ratio", 1.0))
+    rotary_dim = int(head_dim * rope_ratio) // 2 * 2
+    if not 2 <= rotary_dim <= head_dim:
+        raise ValueError(f"rope_ratio={rope_ratio} cannot be converted: it turns {rotary_dim} of {head_dim} features")
+    if rotary_dim < head_dim:
+        rope["partial_rotary_factor"] = (rotary_dim + 0.5) / head_dim  # times head_dim it is rounded down
     return DDLConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=shapes[f"{layer}mlp.gate_proj.weight"][0],
+        intermediate_size=found["intermediate_size"],
         num_hidden_layers=found["num_hidden_layers"],
         num_attention_heads=found["num_attention_heads"],
         head_dim=head_dim,
         max_position_embeddings=options.get("block_size", 1024),
         rope_parameters=rope,
         residual_type="delta" if is_delta else "additive",
-        qk_norm="post_rope" if has_qk_norm else None,
-        logits_scale=options.get("hidden_size_base", 1024) / hidden_size if is_scaled else None,
+        qk_norm=None if query_norm is None else "post_rope",
+        logits_scale=_official_logits_scale(options, hidden_size, found["num_hidden_layers"]),
         init_scheme="authors",
         **ddl_options,
     )
+
+
+def _official_logits_scale(options: dict[str, Any], hidden_size: int, num_hidden_layers: int) -> float | None:
+    """The factor on the logits that the µP options say: `mup` in the first release, `parameterization` in the later one."""
+    parameterization = options.get("parameterization")
+    num_layers_base = options.get("num_hidden_layers_base", num_hidden_layers)
+    if parameterization in OFFICIAL_PARAMETERIZATIONS_REFUSED:
+        raise ValueError(f"parameterization={parameterization!r} cannot be converted; their name for it is 'widthmuP'")
+    if parameterization in OFFICIAL_BRANCHES_SCALED and num_layers_base != num_hidden_layers:
+        if options.get("residual_branch_mult") is None:
+            raise ValueError(f"num_hidden_layers_base={num_layers_base} cannot be converted: it scales the branches")
+    is_scaled = parameterization in OFFICIAL_LOGITS_SCALED
+    if parameterization is not None and options.get("mup", is_scaled) != is_scaled:
+        raise ValueError(f"mup={options['mup']!r} contradicts parameterization={parameterization!r}")
+    is_scaled = is_scaled or options.get("mup", False)
+    return options.get("hidden_size_base", 1024) / hidden_size if is_scaled else None
+
+
+def _common_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """Raises `ValueError` if there are several: a configuration names one, to which all would be cast."""
+    (first, dtype), *others = ((name, tensor.dtype) for name, tensor in tensors.items())
+    for name, other in others:
+        if other != dtype:
+            raise ValueError(f"{first} is of {dtype}, but {name} of {other}; allowed: one dtype")
+    return dtype
 
 
 def _convert_parameter(source: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
@@ -308,7 +356,10 @@ def read_official_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor],
         if names:
             files = [path / names[0]]
         elif indices:
-            files = sorted({path / name for name in _read_json(indices[0]).get("weight_map", {}).values()})
+            names = _read_json(indices[0]).get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+                raise ValueError(f"{indices[0]} has no weight_map from parameters to files")
+            files = sorted({path / name for name in names.values()})
         else:
             files = [file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", ".bin", ".pt")]
             if len(files) > 1:
@@ -322,7 +373,7 @@ def read_official_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor],
             raise ValueError(f"there is no file {file}")
         try:
             content = load_state_dict(file)
-        except (EOFError, OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        except Exception as error:  # whatever bytes lead an unpickler to
             raise ValueError(f"{file} is damaged, or holds more than parameters and options") from error
         if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
             options = content.get("config", content.get("model_args", {}))
@@ -384,11 +435,16 @@ def convert_llama(model_or_path: PreTrainedModel | str | Path, **ddl_options) ->
 
     Raises:
         `ValueError`: naming it, for an option of the Llama that DDL has not (a sliding window, say) or that cannot be
-            chosen here, and for a parameter that is missing, unexpected or of a wrong shape.
+            chosen here, for a model without a head or with parameters of several dtypes, and for a parameter that is
+            missing, unexpected or of a wrong shape.
     """
     if isinstance(model_or_path, PreTrainedModel):
         llama = model_or_path
         config = _llama_config(llama.config, ddl_options)
+        if llama.get_output_embeddings() is None:
+            raise ValueError(
+                f"{type(llama).__name__} cannot be converted; allowed: a causal language model, with its head"
+            )
         state_dict = {name: parameter.clone() for name, parameter in llama.state_dict().items()}
     else:
         config = _llama_config(AutoConfig.from_pretrained(model_or_path), ddl_options)
@@ -398,7 +454,7 @@ def convert_llama(model_or_path: PreTrainedModel | str | Path, **ddl_options) ->
         _check_loaded(info, model_or_path)
         state_dict = llama.state_dict()
 
-    config.dtype = llama.dtype
+    config.dtype = _common_dtype(state_dict)
     model, info = DDLForCausalLM.from_pretrained(
         None,
         config=config,

@@ -162,6 +162,8 @@ REFUSED_OPTIONS = [
     ("additive", "first", {"rms_norm_eps": 1e-6}, "rms_norm_eps=1e-06"),
     ("scalar", "first", {"rope_ratio": 0.0}, "rope_ratio=0.0"),
     ("scalar", "first", {"rope_ratio": 1.5}, "rope_ratio=1.5"),
+    ("scalar", "first", {"rope_base": "10k"}, "rope_base='10k'"),
+    ("scalar", "first", {"ddl_beta_init": [1.0]}, "ddl_beta_init="),
     ("scalar", "first", {"num_attention_heads": 9}, "num_attention_heads is 9"),
     ("cc", "first", {"ddl_value_channels": 2}, "ddl_value_channels is 2"),
     ("cc", "first", {"hidden_size": 21}, "hidden_size is 21"),
@@ -501,6 +503,20 @@ def test_llamas_that_cannot_be_converted(config_class, options, ddl_options, mes
         assert re.search(message, capsys.readouterr().err.splitlines()[-1])
 
 
+def test_llamas_without_a_head():
+    model = make_llama().model
+    with pytest.raises(ValueError, match="LlamaModel cannot be converted; allowed: a causal language model"):
+        convert_llama(model)
+
+
+def test_llamas_of_several_dtypes():
+    """Casting some of the parameters would change the function."""
+    model = make_llama(dtype=torch.bfloat16)
+    model.model.norm.float()
+    with pytest.raises(ValueError, match="but model.norm.weight of torch.float32; allowed: one dtype"):
+        convert_llama(model)
+
+
 @pytest.mark.parametrize("problem", ["missing", "unexpected", "mismatched"])
 def test_damaged_llamas(problem, tmp_path, capsys):
     make_llama().save_pretrained(tmp_path / "llama")
@@ -614,6 +630,14 @@ def spoil(folder, how):
         (folder / "model-00002-of-00003.safetensors").unlink()
     elif how == "no weights":
         file.unlink()
+    elif how == "text":
+        file.rename(folder / "weights.pt").write_text("hello, these are no parameters")
+    elif how == "weight_map is a list":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}')
+    elif how == "weight_map of numbers":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"ln_f.weight": 1}}')
+    elif how == "no weight_map":
+        (folder / "model.safetensors.index.json").write_text("{}")
     elif how == "no config":
         (folder / "config.json").unlink()
     elif how == "config is a list":
@@ -632,6 +656,10 @@ def spoil(folder, how):
         ("truncated", "model.safetensors is damaged"),
         ("missing shard", "no file .*model-00002-of-00003.safetensors"),
         ("no weights", "holds no checkpoint"),
+        ("text", "weights.pt is damaged"),
+        ("weight_map is a list", "index.json has no weight_map from parameters to files"),
+        ("weight_map of numbers", "index.json has no weight_map from parameters to files"),
+        ("no weight_map", "index.json has no weight_map from parameters to files"),
         ("no config", "no config.json beside model.safetensors"),
         ("config is a list", "config.json holds no JSON object"),
         ("config is cut", "config.json is not JSON"),
@@ -639,7 +667,7 @@ def spoil(folder, how):
     ],
 )
 def test_files_that_cannot_be_read(how, message, tmp_path, capsys):
-    kind = "sharded" if how == "missing shard" else "safetensors"
+    kind = "sharded" if how == "missing shard" or "weight_map" in how else "safetensors"
     path = write_checkpoint(tmp_path / "theirs", kind, *official_checkpoint())
     spoil(path, how)
     assert convert("official", path, tmp_path / "ours") == 2

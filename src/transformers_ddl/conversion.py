@@ -99,6 +99,14 @@ OFFICIAL_NEUTRAL_OPTIONS = {
     "residual_branch_mult": (None, 1),
     "ddl_sequence_reduction_version": (None, 1),
 }
+OFFICIAL_NUMBERS = (
+    "ddl_beta_init",
+    "head_dim",
+    "hidden_size_base",
+    "num_hidden_layers_base",
+    "rope_base",
+    "rope_ratio",
+)
 # Values of the authors' `parameterization` that scale the residual branches and the logits, those that scale the logits (as
 # `mup` did in their first release; other values change nothing), and those that they themselves refuse
 OFFICIAL_BRANCHES_SCALED = ("completeP", "completep", "spectralP", "SpectralP", "spectralp")
@@ -141,9 +149,9 @@ def convert_official_checkpoint(
         sources[name] = source
     shapes = {name: tuple(state_dict[source].shape) for name, source in sources.items()}
     ddl_config = _official_config(shapes, config, is_later_release=any(".o_proj." in source for source in state_dict))
+    ddl_config.dtype = _common_dtype(state_dict)
     head, embedding = (state_dict.get(sources.get(name)) for name in ("lm_head.weight", "model.embed_tokens.weight"))
     ddl_config.tie_word_embeddings = head is None or torch.equal(head, embedding)
-    ddl_config.dtype = _common_dtype(state_dict)
 
     with torch.device("meta"):
         expected = DDLForCausalLM(ddl_config).state_dict()
@@ -197,6 +205,9 @@ def _official_config(
     for name, neutral in OFFICIAL_NEUTRAL_OPTIONS.items():
         if options.get(name) not in neutral:
             raise ValueError(f"{name}={options[name]!r} cannot be converted; allowed: {neutral[-1]!r}")
+    for name in OFFICIAL_NUMBERS:
+        if not isinstance(options.get(name, 0), int | float):
+            raise ValueError(f"{name}={options[name]!r} cannot be converted; allowed: a number")
 
     layer = "model.layers.0."
     for name in ("model.embed_tokens.weight", f"{layer}self_attn.q_proj.weight", f"{layer}mlp.gate_proj.weight"):
@@ -304,7 +315,7 @@ def _official_logits_scale(options: dict[str, Any], hidden_size: int, num_hidden
     parameterization = options.get("parameterization")
     num_layers_base = options.get("num_hidden_layers_base", num_hidden_layers)
     if parameterization in OFFICIAL_PARAMETERIZATIONS_REFUSED:
-        raise ValueError(f"parameterization={parameterization!r} cannot be converted; their name for it is 'widthmuP'")
+        raise ValueError(f"parameterization={parameterization!r} cannot be converted; they call it 'widthmuP' now")
     if parameterization in OFFICIAL_BRANCHES_SCALED and num_layers_base != num_hidden_layers:
         if options.get("residual_branch_mult") is None:
             raise ValueError(f"num_hidden_layers_base={num_layers_base} cannot be converted: it scales the branches")

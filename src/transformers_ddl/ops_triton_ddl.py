@@ -135,6 +135,15 @@ def scale(values, factor, LENGTH: tl.constexpr):
 
 
 @triton.jit
+def rounded(values, ptr, LENGTH: tl.constexpr):
+    """The values as they would be stored at `ptr`."""
+    results = ()
+    for i in tl.static_range(LENGTH):
+        results = results + (values[i].to(ptr.dtype.element_ty).to(tl.float32),)
+    return results
+
+
+@triton.jit
 def multiply(values, vector, COUNT: tl.constexpr, NUM_BLOCKS: tl.constexpr):
     """`values[j] ∘ vector` for each of COUNT vectors."""
     results = ()
@@ -287,6 +296,8 @@ def boundary_forward_kernel(
                     weight += tl.load(amplitude_ptr + j).to(tl.float32)
                 write = write + (weight,)
             state = add_multiples(state, write, direction, N, NUM_BLOCKS)
+            if HAS_KEEP:  # at first, a converted Llama reads what the Llama reads
+                state = rounded(state, new_state_ptr, N * NUM_BLOCKS)
             if STORE_STATE:
                 store_vectors(new_state_ptr + token * (N * D), state, N, D, BLOCK_D, NUM_BLOCKS)
             store_scalars(write_ptr + token * N, write, N)
@@ -312,7 +323,8 @@ def boundary_forward_kernel(
                 terms = terms + multiply(value_weight, source, N, NUM_BLOCKS)
         sums = sums_over_features(terms, 1 if not HAS_HEADS else (2 if VALUE_ACTIVATION == 2 else 2 + N), NUM_BLOCKS)
         rstd = 1.0 / tl.sqrt(sums[0] / D + norm_eps)
-        store_vectors(context_ptr + token * D, scale(unscaled_context, rstd, NUM_BLOCKS), 1, D, BLOCK_D, NUM_BLOCKS)
+        normed = rounded(scale(hidden, rstd, NUM_BLOCKS), context_ptr, NUM_BLOCKS)  # as Llama's RMSNorm rounds
+        store_vectors(context_ptr + token * D, multiply(normed, norm_weight, 1, NUM_BLOCKS), 1, D, BLOCK_D, NUM_BLOCKS)
         tl.store(rstd_ptr + token, rstd)
 
         if HAS_HEADS:

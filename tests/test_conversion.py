@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from unittest import mock
 
 import official
 import pytest
@@ -39,7 +40,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from transformers_ddl import DDLForCausalLM, cli, conversion
+from transformers_ddl import DDLForCausalLM, cli, conversion, modeling_ddl
 from transformers_ddl.conversion import AnchorAnnealingCallback, convert_llama, convert_official_checkpoint
 from transformers_ddl.modeling_ddl import DDLRotaryEmbedding
 
@@ -470,6 +471,43 @@ def test_anchored_model_with_caches_checkpointing_and_kernels(variant, monkeypat
     model.gradient_checkpointing_enable({"use_reentrant": False})
     actual = all_gradients(model(tokens, labels=tokens, use_cache=False).loss, model)
     gradients_close(actual, expected)
+
+
+@pytest.mark.parametrize("options", ["scalar", "cc", "cc-repeat-kernel-2"])
+def test_converted_llama_with_kernels(options, monkeypatch):
+    """Outputs and gradients are those of the PyTorch path, also when training has moved gates, targets and anchors."""
+    pytest.importorskip("triton")
+    tokens, steps = random_tokens(1, 4), {"0": [], "1": []}
+    for kernels, results in steps.items():
+        monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", kernels)
+        model = convert_llama(make_llama(), **LLAMA_OPTIONS[options])
+        with mock.patch.object(modeling_ddl, "fused_boundary", wraps=modeling_ddl.fused_boundary) as fused_boundary:
+            for _ in range(3):
+                outputs = model(tokens, labels=tokens, use_cache=False)
+                gradients = all_gradients(outputs.loss, model)
+                results.append({"logits": outputs.logits.detach(), **gradients})
+                with torch.no_grad():
+                    for name, parameter in model.named_parameters():
+                        parameter -= 0.1 * gradients[name]
+        assert fused_boundary.called == (kernels == "1")
+    for expected, actual in zip(*steps.values()):
+        for name in expected:  # some gradients are 0 at first
+            size = expected[name].abs().max().item()
+            torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=1e-4 * size, msg=name)
+
+
+@pytest.mark.parametrize("options", ["scalar", "cc"])
+def test_kernels_round_where_a_llama_rounds(options, monkeypatch):
+    """
+    Triton's interpreter rounds to the nearest float16, but not to the nearest bfloat16, so that float16 stands for both. The
+    sums of the norms run in another order, which may change single roundings; others would change errors to 2e-3.
+    """
+    pytest.importorskip("triton")
+    donor, tokens = make_llama(dtype=torch.float16), random_tokens(2, 9)
+    model = convert_llama(donor, **LLAMA_OPTIONS[options])
+    monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "1")
+    with torch.no_grad():
+        assert relative_error(model(tokens).logits, donor(tokens).logits) < 5e-4
 
 
 REFUSED_LLAMAS = [

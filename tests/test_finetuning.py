@@ -27,7 +27,14 @@ import yaml
 from conftest import close
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from transformers_ddl.checkpoints import last_complete_checkpoint
 from transformers_ddl.cli import main
@@ -341,6 +348,36 @@ def test_pretraining_that_cannot_start_from_a_model(workplace, capsys, overrides
     assert not [*Path("bad").glob("*")]
 
 
+# ---- Converted Llamas ----
+
+
+@pytest.mark.parametrize("command, config", [("pretrain", "continue"), ("finetune", "sft"), ("finetune", "classify")])
+def test_anchors_are_annealed(workplace, command, config):
+    """Those of a converted Llama are 1 before the run; half-way they are not yet 0, and after it they are."""
+    if not Path("converted").exists():
+        tokenizer = load_tokenizer("base")
+        llama = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        )
+        LlamaForCausalLM(llama).save_pretrained("llama")
+        tokenizer.save_pretrained("llama")
+        assert main(["convert", "llama", "llama", "converted", "--num_value_channels=2"]) == 0
+    settings = {name: PRETRAINING[name] for name in ("data", "training")}
+    Path("continue.yaml").write_text(yaml.safe_dump(settings))
+    options = ["--model.name", "converted", "--training.output_dir", f"annealed-{command}-{config}"]
+    options += ["--training.max_steps=2", "--training.save_strategy=steps", "--training.save_steps=1"]
+    assert main([command, f"{config}.yaml", *options, "--anchor.annealing_steps=2"]) == 0
+    for folder, is_zero in (("checkpoint-1", False), ("", True)):
+        weights = load_file(Path(options[3], folder, "model.safetensors"))
+        anchors = [weight for name, weight in weights.items() if ".anchor_" in name]
+        assert len(anchors) == 8 and all(anchor[0] == 0 for anchor in anchors) == is_zero
+
+
 # ---- The output folder ----
 
 
@@ -531,6 +568,9 @@ def test_examples_whose_answer_is_cut_off_are_counted(workplace):
         (["--lora.target_modules", "[nothing]"], "lora: Target modules {'nothing'} not found"),
         (["--lora.task_type", "CAUSAL_LM"], "lora.task_type: cannot be set, the task decides it"),
         (["--training.output_dir", "base"], "training.output_dir: 'base' holds a run with another "),
+        (["--anchor.annealing_steps", "9"], "anchor.annealing_steps: the model has no anchors; allowed: a model with"),
+        (["--anchor.annealing_steps", "0"], "anchor: annealing_steps must be at least 1, got 0"),
+        (["--anchor.annealing_steps", "9", "--model.value_anchor=1", "--lora.r=4"], "cannot be set with lora"),
     ],
 )  # fmt: skip
 def test_unusable_input(workplace, capsys, overrides, message):

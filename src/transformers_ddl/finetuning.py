@@ -38,7 +38,7 @@ from .data import Corpus
 from .examples import ExampleArguments, read_examples
 from .inputs import blaming
 from .modeling_ddl import DDLForCausalLM, DDLForSequenceClassification
-from .settings import CheckedSettings, Settings, build_sections, read_settings
+from .settings import AnchorArguments, CheckedSettings, Settings, build_sections, read_settings
 from .tokenization import load_tokenizer
 from .trainer import ResumableTrainer
 from .training import (
@@ -93,10 +93,13 @@ class FinetuningRun(CheckedSettings):
             "training": TrainingArguments if is_classification else SFTConfig,
             "lora": LoraConfig,
             "card": CardArguments,
+            "anchor": AnchorArguments,
         }
         sections = build_sections(settings, classes)
         if "lora" not in settings:
             sections["lora"] = None
+        elif sections["anchor"].annealing_steps is not None:
+            raise InputError("anchor.annealing_steps: cannot be set with lora, which leaves the model as it is")
         if not is_classification:
             training, context = sections["training"], sections["model"].max_position_embeddings
             if "max_length" not in settings["training"]:

@@ -16,7 +16,7 @@ The settings of a run: a YAML file and command-line overrides, checked before an
 
 The YAML has a section per concern, whose fields are those of a class: for pretraining `data` ([`DataArguments`]), `tokenizer`
 ([`TokenizerArguments`]), `model` ([`DDLConfig`]), `training` ([`~transformers.TrainingArguments`]) and, if wanted, `card`
-([`CardArguments`]). `model.name`, the folder or name on the Hub of a model to start from, gives the other fields of the model
+([`CardArguments`]) and `anchor` ([`AnchorArguments`]). `model.name`, the folder or name on the Hub of a model to start from, gives the other fields of the model
 the values that they have there.
 """
 
@@ -68,12 +68,31 @@ class TokenizerArguments:
         return -(-num_tokens // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
 
+@dataclass
+class AnchorArguments:
+    """
+    What becomes of the anchors of a model with `value_anchor`, a converted Llama for instance.
+
+    Args:
+        annealing_steps (`int`, *optional*):
+            Number of steps within which they are taken to 0, to the pure delta rule, to stay there. If None, they are
+            parameters like others.
+    """
+
+    annealing_steps: int | None = None
+
+    def __post_init__(self):
+        if self.annealing_steps is not None and self.annealing_steps < 1:
+            raise ValueError(f"annealing_steps must be at least 1, got {self.annealing_steps}")
+
+
 SECTIONS = {
     "data": DataArguments,
     "tokenizer": TokenizerArguments,
     "model": DDLConfig,
     "training": TrainingArguments,
     "card": CardArguments,
+    "anchor": AnchorArguments,
 }
 REQUIRED_FIELDS = {"data": "source", "training": "output_dir"}
 # Fields that would have no effect, or contradict what a command does, and who decides instead.
@@ -103,6 +122,7 @@ RESERVED_FIELDS = {
     | {"hub_token": "`hf auth login` or HF_TOKEN"},  # settings go into files that are pushed
     "lora": dict.fromkeys(("task_type", "inference_mode"), "the task"),
     "card": {},
+    "anchor": {},
 }
 
 Settings = dict[str, dict[str, Any]]  # section: field: value
@@ -156,6 +176,7 @@ class CheckedSettings:
     model: DDLConfig
     training: TrainingArguments
     card: CardArguments
+    anchor: AnchorArguments
     settings: Settings
 
     @classmethod
@@ -216,6 +237,8 @@ def build_sections(settings: Settings, classes: dict[str, type]) -> dict[str, An
             _check_fields(section, section_class, values)
         with blaming(section):
             sections[section] = section_class(**values)
+    if sections["anchor"].annealing_steps is not None and sections["model"].value_anchor is None:
+        raise InputError("anchor.annealing_steps: the model has no anchors; allowed: a model with value_anchor")
     return sections
 
 

@@ -49,6 +49,7 @@ from .cards import pretrained_card
 from .checkpoints import last_complete_checkpoint, write_atomically
 from .cli import InputError, RunError
 from .configuration_ddl import DDLConfig
+from .conversion import AnchorAnnealingCallback
 from .data import (
     IGNORE_INDEX,
     DocumentCounts,
@@ -385,6 +386,10 @@ def check_repository(trainer: Trainer):
 
 def train_and_evaluate(run: CheckedSettings, trainer: ResumableTrainer) -> dict[str, float]:
     """Trains from the last complete checkpoint to the end; the model can then be saved. Returns Trainer's metrics."""
+    if run.anchor.annealing_steps is not None:
+        if trainer.is_deepspeed_enabled:  # which would undo it: it has copies of the parameters
+            raise InputError("anchor.annealing_steps: cannot be set with DeepSpeed")
+        trainer.add_callback(AnchorAnnealingCallback(run.anchor.annealing_steps))
     config = trainer.model.config
     if trainer.is_world_process_zero():
         folder = Path(run.training.output_dir)

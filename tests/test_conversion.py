@@ -13,6 +13,7 @@
 # limitations under the License.
 """Checkpoints of other models: the same logits and gradients, and clear refusals of what cannot be converted."""
 
+import copy
 import json
 import os
 import re
@@ -478,9 +479,10 @@ def test_converted_llama_with_kernels(options, monkeypatch):
     """Outputs and gradients are those of the PyTorch path, also when training has moved gates, targets and anchors."""
     pytest.importorskip("triton")
     tokens, steps = random_tokens(1, 4), {"0": [], "1": []}
+    converted = convert_llama(make_llama(), **LLAMA_OPTIONS[options])
     for kernels, results in steps.items():
         monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", kernels)
-        model = convert_llama(make_llama(), **LLAMA_OPTIONS[options])
+        model = copy.deepcopy(converted)
         with mock.patch.object(modeling_ddl, "fused_boundary", wraps=modeling_ddl.fused_boundary) as fused_boundary:
             for _ in range(3):
                 outputs = model(tokens, labels=tokens, use_cache=False)
@@ -491,8 +493,8 @@ def test_converted_llama_with_kernels(options, monkeypatch):
                         parameter -= 0.1 * gradients[name]
         assert fused_boundary.called == (kernels == "1")
     for expected, actual in zip(*steps.values()):
-        for name in expected:  # some gradients are 0 at first
-            size = expected[name].abs().max().item()
+        for name in expected:  # of order 1e-3 and more, but for those of the gates, which are 0 at first
+            size = max(expected[name].abs().max().item(), 1e-4)
             torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=1e-4 * size, msg=name)
 
 
@@ -500,14 +502,14 @@ def test_converted_llama_with_kernels(options, monkeypatch):
 def test_kernels_round_where_a_llama_rounds(options, monkeypatch):
     """
     Triton's interpreter rounds to the nearest float16, but not to the nearest bfloat16, so that float16 stands for both. The
-    sums of the norms run in another order, which may change single roundings; others would change errors to 2e-3.
+    sums of the norms run in another order, which changes single roundings; rounding elsewhere changed 82 % of the logits.
     """
     pytest.importorskip("triton")
     donor, tokens = make_llama(dtype=torch.float16), random_tokens(2, 9)
     model = convert_llama(donor, **LLAMA_OPTIONS[options])
     monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "1")
     with torch.no_grad():
-        assert relative_error(model(tokens).logits, donor(tokens).logits) < 5e-4
+        assert (model(tokens).logits != donor(tokens).logits).float().mean() < 0.1
 
 
 REFUSED_LLAMAS = [

@@ -164,6 +164,8 @@ REFUSED_OPTIONS = [
     ("additive", "first", {"rms_norm_eps": 1e-6}, "rms_norm_eps=1e-06"),
     ("scalar", "first", {"rope_ratio": 0.0}, "rope_ratio=0.0"),
     ("scalar", "first", {"rope_ratio": 1.5}, "rope_ratio=1.5"),
+    ("scalar", "first", {"rope_ratio": float("inf")}, "rope_ratio=inf"),
+    ("scalar", "first", {"ddl_k_eps": True}, "ddl_k_eps=True"),
     ("scalar", "first", {"rope_base": "10k"}, "rope_base='10k'"),
     ("scalar", "first", {"ddl_beta_init": [1.0]}, "ddl_beta_init="),
     ("scalar", "first", {"num_attention_heads": 9}, "num_attention_heads is 9"),

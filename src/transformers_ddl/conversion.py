@@ -100,12 +100,16 @@ OFFICIAL_NEUTRAL_OPTIONS = {
     "ddl_sequence_reduction_version": (None, 1),
 }
 OFFICIAL_NUMBERS = (
-    "ddl_beta_init",
-    "head_dim",
-    "hidden_size_base",
-    "num_hidden_layers_base",
-    "rope_base",
-    "rope_ratio",
+    *(
+        "block_size",
+        "head_dim",
+        "hidden_size_base",
+        "num_hidden_layers_base",
+        "rope_base",
+        "rope_ratio",
+        "rms_norm_eps",
+    ),
+    *("ddl_beta_init", "ddl_k_eps", "ddl_v_sigmoid_scale", "ddl_v_constant_value", "ddl_v_dim1_constant_value"),
 )
 # Values of the authors' `parameterization` that scale the residual branches and the logits, those that scale the logits (as
 # `mup` did in their first release; other values change nothing), and those that they themselves refuse
@@ -206,7 +210,7 @@ def _official_config(
         if options.get(name) not in neutral:
             raise ValueError(f"{name}={options[name]!r} cannot be converted; allowed: {neutral[-1]!r}")
     for name in OFFICIAL_NUMBERS:
-        if not isinstance(options.get(name, 0), int | float):
+        if type(options.get(name, 0)) not in (int, float):
             raise ValueError(f"{name}={options[name]!r} cannot be converted; allowed: a number")
 
     layer = "model.layers.0."
@@ -225,7 +229,7 @@ def _official_config(
         )
     (num_value_channels,) = shapes.get(read, (1,))
     (head_dim,) = shapes.get(query_norm, (options.get("head_dim"),))
-    if head_dim is None:
+    if not head_dim:
         raise ValueError("head_dim is missing: without q_rms parameters, only the configuration can tell it")
     is_delta = any(name.startswith((f"{layer}attn_residual.", f"{layer}mlp_residual.")) for name in shapes)
     gate_hidden = shapes.get(first(".beta_hidden_proj.weight"))
@@ -288,9 +292,9 @@ def _official_config(
 
     rope = {"rope_type": "default", "rope_theta": float(options.get("rope_base", 10_000.0))}
     rope_ratio = float(options.get("rope_ratio", 1.0))
+    if not 2 / head_dim <= rope_ratio <= 1:
+        raise ValueError(f"rope_ratio={rope_ratio} cannot be converted; allowed: from 2 / head_dim to 1")
     rotary_dim = int(head_dim * rope_ratio) // 2 * 2
-    if not 2 <= rotary_dim <= head_dim:
-        raise ValueError(f"rope_ratio={rope_ratio} cannot be converted: it turns {rotary_dim} of {head_dim} features")
     if rotary_dim < head_dim:
         rope["partial_rotary_factor"] = (rotary_dim + 0.5) / head_dim  # times head_dim it is rounded down
     return DDLConfig(

@@ -20,7 +20,8 @@ import argparse
 import copy
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,6 +48,7 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
+    logging,
 )
 
 from .cli import InputError
@@ -444,7 +446,7 @@ def convert_llama(model_or_path: PreTrainedModel | str | Path, **ddl_options) ->
 
     Args:
         model_or_path: A causal language model of type llama, mistral or qwen3, which is copied, or the folder or Hub name
-            of one.
+            of one, which is converted as transformers loads it, in the one dtype that its configuration names.
         ddl_options: Fields of [`DDLConfig`] (`LLAMA_OPTIONS`): the number of value channels (1 if not given), the
             compressor, the gate and the input of the value.
 
@@ -470,14 +472,15 @@ def convert_llama(model_or_path: PreTrainedModel | str | Path, **ddl_options) ->
         state_dict = llama.state_dict()
 
     config.dtype = _common_dtype(state_dict)
-    model, info = DDLForCausalLM.from_pretrained(
-        None,
-        config=config,
-        state_dict=state_dict,
-        attn_implementation=llama.config._attn_implementation,
-        output_loading_info=True,
-    )
-    # Those of the anchored residual, the compressors and the convolution are missing
+    # The parameters of the anchored residual, the compressors and the convolution are missing, of which it would warn
+    with _only_errors_logged():
+        model, info = DDLForCausalLM.from_pretrained(
+            None,
+            config=config,
+            state_dict=state_dict,
+            attn_implementation=llama.config._attn_implementation,
+            output_loading_info=True,
+        )
     _check_loaded({**info, "missing_keys": ()}, type(llama).__name__)
     model.generation_config = copy.deepcopy(llama.generation_config)
     for module in model.modules():
@@ -511,6 +514,16 @@ def _llama_config(llama: PreTrainedConfig, ddl_options: dict[str, Any]) -> DDLCo
         value_anchor=1.0,
         **{"num_value_channels": 1, **ddl_options},
     )
+
+
+@contextmanager
+def _only_errors_logged() -> Iterator[None]:
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _check_loaded(info: dict[str, Any], model: Any):

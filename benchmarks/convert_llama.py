@@ -133,7 +133,8 @@ class Benchmark:
             model = self.compiled("llama", LlamaForCausalLM(self.llama_config))
             lr, steps = self.options.pretrain_lr, self.options.pretrain_steps
             self.record("pretrained", seed, lr, "tokens", self.train(model, lr, steps, seed, first_step=0))
-            model.save_pretrained(folder)
+            model.save_pretrained(folder.with_suffix(".unfinished"))
+            folder.with_suffix(".unfinished").rename(folder)
         return LlamaForCausalLM.from_pretrained(folder, attn_implementation="unmasked_sdpa")
 
     @cached_property

@@ -102,16 +102,18 @@ OFFICIAL_NEUTRAL_OPTIONS = {
     "ddl_sequence_reduction_version": (None, 1),
 }
 OFFICIAL_NUMBERS = (
-    *(
-        "block_size",
-        "head_dim",
-        "hidden_size_base",
-        "num_hidden_layers_base",
-        "rope_base",
-        "rope_ratio",
-        "rms_norm_eps",
-    ),
-    *("ddl_beta_init", "ddl_k_eps", "ddl_v_sigmoid_scale", "ddl_v_constant_value", "ddl_v_dim1_constant_value"),
+    "block_size",
+    "head_dim",
+    "hidden_size_base",
+    "num_hidden_layers_base",
+    "rope_base",
+    "rope_ratio",
+    "rms_norm_eps",
+    "ddl_beta_init",
+    "ddl_k_eps",
+    "ddl_v_sigmoid_scale",
+    "ddl_v_constant_value",
+    "ddl_v_dim1_constant_value",
 )
 # Values of the authors' `parameterization` that scale the residual branches and the logits, those that scale the logits (as
 # `mup` did in their first release; other values change nothing), and those that they themselves refuse
@@ -294,9 +296,8 @@ def _official_config(
 
     rope = {"rope_type": "default", "rope_theta": float(options.get("rope_base", 10_000.0))}
     rope_ratio = float(options.get("rope_ratio", 1.0))
-    if not 2 / head_dim <= rope_ratio <= 1:
+    if not 0 <= rope_ratio <= 1 or (rotary_dim := int(head_dim * rope_ratio) // 2 * 2) == 0:
         raise ValueError(f"rope_ratio={rope_ratio} cannot be converted; allowed: from 2 / head_dim to 1")
-    rotary_dim = int(head_dim * rope_ratio) // 2 * 2
     if rotary_dim < head_dim:
         rope["partial_rotary_factor"] = (rotary_dim + 0.5) / head_dim  # times head_dim it is rounded down
     return DDLConfig(

@@ -296,7 +296,7 @@ def boundary_forward_kernel(
                     weight += tl.load(amplitude_ptr + j).to(tl.float32)
                 write = write + (weight,)
             state = add_multiples(state, write, direction, N, NUM_BLOCKS)
-            if HAS_KEEP:  # at first, a converted Llama reads what the Llama reads
+            if HAS_KEEP:  # a converted Llama reads what the Llama would
                 state = rounded(state, new_state_ptr, N * NUM_BLOCKS)
             if STORE_STATE:
                 store_vectors(new_state_ptr + token * (N * D), state, N, D, BLOCK_D, NUM_BLOCKS)

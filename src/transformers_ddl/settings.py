@@ -16,8 +16,8 @@ The settings of a run: a YAML file and command-line overrides, checked before an
 
 The YAML has a section per concern, whose fields are those of a class: for pretraining `data` ([`DataArguments`]), `tokenizer`
 ([`TokenizerArguments`]), `model` ([`DDLConfig`]), `training` ([`~transformers.TrainingArguments`]) and, if wanted, `card`
-([`CardArguments`]) and `anchor` ([`AnchorArguments`]). `model.name`, the folder or name on the Hub of a model to start from, gives the other fields of the model
-the values that they have there.
+([`CardArguments`]) and `anchor` ([`AnchorArguments`]). `model.name`, the folder or name on the Hub of a model to start
+from, gives the other fields of the model the values that they have there.
 """
 
 import difflib

@@ -477,6 +477,15 @@ class DDLScalarCompressor(nn.Module):
 COMPRESSORS = {None: DDLScalarCompressor, "channel": DDLChannelCompressor, "token": DDLTokenCompressor}
 
 
+def apply_rotary(
+    query_states: torch.Tensor, key_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turns the features of each head for which there are angles: all of them as in Llama, or the first as in GPT-NeoX."""
+    is_partial = cos.shape[-1] < query_states.shape[-1]
+    rotate = apply_partial_rotary_pos_emb if is_partial else apply_rotary_pos_emb
+    return rotate(query_states, key_states, cos, sin)
+
+
 def widen(linear: nn.Linear, factor: int) -> nn.Linear:
     """A new map with `factor` times the outputs."""
     return nn.Linear(linear.in_features, factor * linear.out_features, bias=linear.bias is not None)
@@ -496,6 +505,8 @@ class DDLAttention(LlamaAttention):
     Llama's attention with an optional RMSNorm over each query and key head, before or after the rotary embedding, and
     `num_delta_steps` outputs, side by side.
     """
+
+    apply_rotary = staticmethod(apply_rotary)
 
     def __init__(self, config: DDLConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -522,9 +533,7 @@ class DDLAttention(LlamaAttention):
 
         if self.config.qk_norm == "pre_rope":
             query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
-        is_partial = position_embeddings[0].shape[-1] < self.head_dim
-        rotate = apply_partial_rotary_pos_emb if is_partial else apply_rotary_pos_emb
-        query_states, key_states = rotate(query_states, key_states, *position_embeddings)
+        query_states, key_states = self.apply_rotary(query_states, key_states, *position_embeddings)
         if self.config.qk_norm == "post_rope":
             query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
 
@@ -951,6 +960,9 @@ class DDLForCausalLM(DDLPreTrainedModel, GenerationMixin):
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
+    # The loss from hidden states and the weight of the head, see `apply_liger_kernel_to_ddl`
+    loss_without_logits: Callable | None = None
+
     def __init__(self, config: DDLConfig):
         super().__init__(config)
         self.model = DDLModel(config)
@@ -971,12 +983,14 @@ class DDLForCausalLM(DDLPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """
         Args and outputs are [`LlamaForCausalLM`]'s: `labels` `[batch, sequence]` are shifted inside and ignored where
         -100; the loss is the mean over labels, or their sum divided by `num_items_in_batch`; `logits_to_keep` limits
-        the logits to the last so many positions, or to the given ones.
+        the logits to the last so many positions, or to the given ones. With Liger's kernels the loss is computed without
+        logits, which are then None, if `skip_logits`: by default, in training.
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -992,11 +1006,14 @@ class DDLForCausalLM(DDLPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state[:, slice_indices, :]
         if self.config.logits_scale is not None:
             hidden_states = hidden_states * self.config.logits_scale
-        logits = self.lm_head(hidden_states)
 
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        logits = loss = None
+        if labels is not None and self._can_skip_logits(self.training if skip_logits is None else skip_logits):
+            loss = self.loss_without_logits(hidden_states, self.lm_head.weight, labels, **kwargs)
+        else:
+            logits = self.lm_head(hidden_states)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
         return CausalLMOutputWithPast(
             loss=loss,
@@ -1005,6 +1022,11 @@ class DDLForCausalLM(DDLPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _can_skip_logits(self, skip_logits: bool) -> bool:
+        # A head that an adapter wraps, or whose weight is sharded or quantised, must be called
+        is_plain = type(self.lm_head) is nn.Linear and type(self.lm_head.weight) is nn.Parameter
+        return skip_logits and is_plain and self.loss_without_logits is not None
 
 
 class DDLForSequenceClassification(GenericForSequenceClassification, DDLPreTrainedModel): ...

@@ -18,7 +18,7 @@ import os
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.utils.import_utils import is_triton_available
+from transformers.utils.import_utils import is_liger_kernel_available, is_triton_available
 
 
 TRITON_AVAILABLE = is_triton_available()
@@ -30,9 +30,14 @@ if not 0 <= NUM_REPLAYS <= 3:
 
 
 def load_kernels():
-    """Imports Triton where there is a GPU to use it on, ahead of a compilation that could not."""
+    """
+    Imports Triton where there is a GPU to use it on, ahead of a compilation that could not, and makes DDL known to Liger,
+    ahead of a `Trainer` that asks for it.
+    """
     if TRITON_AVAILABLE and torch.cuda.is_available():
         from .ops_triton_ddl import boundary_op  # noqa: F401
+    if TRITON_AVAILABLE and is_liger_kernel_available():
+        from .liger_ddl import apply_liger_kernel_to_ddl  # noqa: F401
 
 
 def can_fuse(

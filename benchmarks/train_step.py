@@ -1,48 +1,50 @@
-"""Training step of DDL and additive models: throughput and peak memory, as ratios to the additive model of the run."""
+# Copyright 2026 The transformers_ddl team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Training step (forward, backward, fused AdamW) of DDL and additive models on random tokens: throughput, as ratio to the first
+model's, and peak memory. In bf16 autocast on a GPU, where models are measured one after another, and in float32 on a CPU, where
+they take steps in turn.
+
+    python benchmarks/train_step.py --sizes small medium --output outputs/train_step.json
+    python benchmarks/train_step.py --sizes small --models llama additive cc --eager
+    python benchmarks/train_step.py --sizes quickstart --eager --steps 40     # on a CPU
+"""
 
 import argparse
-import gc
-import json
 import statistics
 from collections.abc import Callable
 
 import torch
-import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from transformers_ddl import DDLConfig, DDLForCausalLM
+from common import DEVICE, MODELS, SIZES, add_ratios, build, free_memory, now, report
+from transformers.integrations.liger import apply_liger_kernel
 
 
-SIZES = {
-    "small": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 6},
-    "medium": {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 8},
-}
-MODELS = {
-    "additive": {"residual_type": "additive"},
-    "scalar": {"num_value_channels": 1},
-    "cc": {},
-    "cc_without_ec": {"embedding_conv": False},
-    "tc": {"compressor": "token"},
-    "tc_without_ec": {"compressor": "token", "embedding_conv": False},
-}
-
-
-def build(name: str, size: str):
-    shape = {**SIZES[size], "head_dim": 128, "vocab_size": 50304, "max_position_embeddings": 1024, "use_cache": False}
-    if name == "llama":
-        shape |= {"intermediate_size": 8 * shape["hidden_size"] // 3, "tie_word_embeddings": True}
-        return LlamaForCausalLM(LlamaConfig(**shape))
-    return DDLForCausalLM(DDLConfig(**shape, **MODELS[name]))
+# Sequences, and tokens in each of them
+BATCHES = {"toy": (2, 32), "quickstart": (4, 256), "small": (32, 1024), "medium": (16, 1024)}
+WARMUP = 5
+# Under `torch.compile` the rest is fused anyway
+LOSS_ALONE = {"rope": False, "rms_norm": False, "swiglu": False}
 
 
 def training_step(model: torch.nn.Module, tokens: torch.Tensor, compiled: bool) -> Callable[[], torch.Tensor]:
-    """A function that makes a step (forward under bf16 autocast, backward, fused AdamW) and returns its loss."""
+    """A function that makes a step (forward under bf16 autocast on a GPU, backward, fused AdamW) and returns its loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model) if compiled else model
 
     def step():
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-            loss = forward(input_ids=tokens, labels=tokens).loss
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=tokens.is_cuda):
+            loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -51,68 +53,65 @@ def training_step(model: torch.nn.Module, tokens: torch.Tensor, compiled: bool) 
     return step
 
 
-def measure(name: str, size: str, batch_size: int, seq_length: int, compiled: bool, steps: int) -> dict:
-    """Median milliseconds of a training step on random tokens, and the peak memory in GiB."""
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    model = build(name, size).cuda().train()
-    tokens = torch.randint(0, model.config.vocab_size, (batch_size, seq_length), device="cuda")
-    step = training_step(model, tokens, compiled)
-    for _ in range(5):
-        loss = step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(steps):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        loss = step()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    milliseconds = statistics.median(times)
-    return {
-        "model": name,
-        "size": size,
-        "compiled": compiled,
-        "tokens": batch_size * seq_length,
-        "milliseconds": milliseconds,
-        "thousand_tokens_per_second": batch_size * seq_length / milliseconds,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "loss": loss.item(),
-    }
+def measure(names: list[str], size: str, batch: tuple[int, int], args: argparse.Namespace) -> list[dict]:
+    """Median milliseconds of a step of each model, all of which are in memory, and its peak in GiB on a GPU."""
+    steps = {}
+    tokens = torch.randint(SIZES[size]["vocab_size"], batch, device=DEVICE)
+    for name in names:
+        model = build(name, size).to(DEVICE).train()
+        if args.liger:
+            apply_liger_kernel(model, {} if args.eager else LOSS_ALONE)
+        steps[name] = training_step(model, tokens, compiled=not args.eager)
+    for _ in range(WARMUP):
+        for step in steps.values():
+            step()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times, losses = {name: [] for name in names}, {}
+    for _ in range(args.steps):
+        for name, step in steps.items():
+            start = now()
+            losses[name] = step()
+            times[name].append(now() - start)
+    return [
+        {
+            "size": size,
+            "model": name,
+            "compiled": not args.eager,
+            "liger": args.liger,
+            "tokens": tokens.numel(),
+            "milliseconds": 1000 * statistics.median(times[name]),
+            "thousand_tokens_per_second": tokens.numel() / statistics.median(times[name]) / 1000,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None,
+            "loss": losses[name].item(),
+        }
+        for name in names
+    ]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["additive", "scalar", "cc", "tc"], choices=["llama", *MODELS])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["additive", "scalar", "cc", "tc"], choices=list(MODELS))
     parser.add_argument("--sizes", nargs="+", default=["small"], choices=list(SIZES))
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--seq_length", type=int, default=1024)
+    parser.add_argument("--batch_size", type=int, help="sequences, instead of the size's")
+    parser.add_argument("--seq_length", type=int, help="tokens in each, instead of the size's")
     parser.add_argument("--eager", action="store_true", help="measure without torch.compile")
+    parser.add_argument("--liger", action="store_true", help="with Liger's kernels; compiled, with its loss alone")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args()
 
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    print(torch.cuda.get_device_name(), versions)
     results = []
     for size in args.sizes:
-        for name in args.models:
-            result = measure(name, size, args.batch_size, args.seq_length, not args.eager, args.steps)
-            results.append(result)
-            gc.collect()
-            torch.cuda.empty_cache()
-            base = next((r for r in results if r["size"] == size), result)
-            print(
-                f"{size:7s} {name:14s} {result['milliseconds']:8.2f} ms {result['thousand_tokens_per_second']:8.1f} k tokens/s "
-                f"{result['thousand_tokens_per_second'] / base['thousand_tokens_per_second']:6.3f} of {base['model']} "
-                f"{result['peak_gib']:6.2f} GiB {result['peak_gib'] / base['peak_gib']:6.3f} loss {result['loss']:.3f}",
-                flush=True,
-            )
-            if args.output:
-                with open(args.output, "w") as file:
-                    json.dump({"device": torch.cuda.get_device_name(), **versions, "results": results}, file, indent=1)
+        batch = args.batch_size or BATCHES[size][0], args.seq_length or BATCHES[size][1]
+        for names in [[name] for name in args.models] if DEVICE == "cuda" else [args.models]:
+            results += measure(names, size, batch, args)
+            free_memory()
+    add_ratios(results, "thousand_tokens_per_second", within=("size",))
+    columns = {"size": "", "model": "", "milliseconds": ".2f", "thousand_tokens_per_second": ".1f", "ratio": ".3f"}
+    if DEVICE == "cuda":
+        columns |= {"peak_gib": ".2f"}
+    report(results, columns | {"loss": ".4f"}, args.output, steps=args.steps)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+# Copyright 2026 The transformers_ddl team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Tokens per second of `generate` (greedy, static cache, bf16), compiled with CUDA graphs on a GPU as Transformers does it there by
+itself: of whole steps, and of the forward pass alone (the inputs' preparation included, choosing the token not), which is what
+models differ in. Ratios are to the first model of the run.
+
+    python benchmarks/decode.py --output outputs/decode.json
+    python benchmarks/decode.py --size toy --batch_sizes 1 3 --new_tokens 24     # on a CPU
+"""
+
+import argparse
+import statistics
+import tempfile
+
+import torch
+from common import DEVICE, MODELS, SIZES, add_ratios, build, free_memory, now, report
+from transformers import CompileConfig, LogitsProcessor, StoppingCriteria
+
+
+PROMPT_LENGTH = 16
+WARMUP = 8  # steps, after a whole generation
+
+
+class LogitsClock(LogitsProcessor):
+    """Looks at the time when logits are there, which it leaves as they are."""
+
+    def __init__(self):
+        self.times = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.times.append(now())
+        return scores
+
+
+class TokenClock(StoppingCriteria):
+    """Looks at the time when a token has been chosen, and stops nothing."""
+
+    def __init__(self):
+        self.times = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        self.times.append(now())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def measure(name: str, args: argparse.Namespace) -> list[dict]:
+    """Median tokens per second for each batch size."""
+    # Loaded as one loads a model to generate with: in bf16, but for what is kept in float32
+    with tempfile.TemporaryDirectory() as folder:
+        model = build(name, args.size)
+        model.save_pretrained(folder)
+        model = type(model).from_pretrained(folder, dtype=torch.bfloat16).to(DEVICE)
+    results = []
+    for batch_size in args.batch_sizes:
+        prompt = torch.randint(SIZES[args.size]["vocab_size"], (batch_size, PROMPT_LENGTH), device=DEVICE)
+        for _ in range(2):  # the first compiles
+            logits_clock, token_clock = LogitsClock(), TokenClock()
+            model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+                max_new_tokens=args.new_tokens,
+                cache_implementation="static",
+                compile_config=CompileConfig(fullgraph=True),  # CUDA graphs by default
+                stopping_criteria=[token_clock],
+                logits_processor=[logits_clock],
+            )
+        tokens, logits = token_clock.times[WARMUP:], logits_clock.times[WARMUP:]
+        steps = [later - earlier for earlier, later in zip(tokens, tokens[1:])]
+        forwards = [later - earlier for earlier, later in zip(tokens, logits[1:])]
+        results.append(
+            {
+                "batch_size": batch_size,
+                "model": name,
+                "compiled": hasattr(model, "_compiled_call"),
+                "step_ms": 1000 * statistics.median(steps),
+                "forward_ms": 1000 * statistics.median(forwards),
+                "tokens_per_second": batch_size / statistics.median(steps),
+                "forward_tokens_per_second": batch_size / statistics.median(forwards),
+            }
+        )
+    return results
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = ["llama", "additive", "scalar", "cc", "tc"]
+    parser.add_argument("--models", nargs="+", default=models, choices=list(MODELS))
+    parser.add_argument("--size", default="small", choices=list(SIZES))
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 64])
+    parser.add_argument("--new_tokens", type=int, default=200)
+    parser.add_argument("--output", help="JSON file to write")
+    args = parser.parse_args()
+
+    results = []
+    for name in args.models:
+        results += measure(name, args)
+        free_memory()
+    results.sort(key=lambda result: result["batch_size"])
+    add_ratios(results, "forward_tokens_per_second", within=("batch_size",))
+    for result in results:
+        result["forward_ratio"] = result["ratio"]
+    add_ratios(results, "tokens_per_second", within=("batch_size",))
+    columns = {"batch_size": "", "model": "", "compiled": "", "step_ms": ".3f", "tokens_per_second": ".1f"}
+    columns |= {"ratio": ".3f", "forward_ms": ".3f", "forward_ratio": ".3f"}
+    report(results, columns, args.output, size=args.size, new_tokens=args.new_tokens)
+
+
+if __name__ == "__main__":
+    main()

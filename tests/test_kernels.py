@@ -8,8 +8,9 @@ import re
 
 import pytest
 import torch
-from conftest import randomise, tiny_config
+from conftest import random_tokens, randomise, tiny_config, tiny_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from transformers import CompileConfig
 
 from transformers_ddl import DDLForCausalLM
 from transformers_ddl.modeling_ddl import delta_rewrite
@@ -215,3 +216,44 @@ def test_hidden_states_need_the_pytorch_path(monkeypatch):
         outputs = model(tokens, output_hidden_states=True)
         torch.testing.assert_close(outputs.logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
     assert len(outputs.hidden_states) == model.config.num_hidden_layers + 1
+
+
+@pytest.mark.parametrize("variant", ["scalar", "cc"])
+@pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
+def test_decoding_takes_one_kernel_per_boundary(variant, cache_implementation, monkeypatch):
+    """Of single tokens with a cache too: the two of each layer and the readout, and what they give is what PyTorch does."""
+    from transformers_ddl import ops_triton_ddl
+
+    launches = []
+    boundary_op = ops_triton_ddl.boundary_op
+
+    def count_launches(state, *args):
+        launches.append(state.shape[0])
+        return boundary_op(state, *args)
+
+    model, tokens = tiny_model(variant).to(DEVICE), random_tokens(2, 5).to(DEVICE)
+    options = {"cache_implementation": cache_implementation} if cache_implementation == "static" else {}
+    options |= {"max_new_tokens": 3, "do_sample": False, "disable_compile": True, "output_logits": True}
+    monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "0")
+    plain = model.generate(tokens, return_dict_in_generate=True, **options)
+    monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "1")
+    monkeypatch.setattr(ops_triton_ddl, "boundary_op", count_launches)
+    fused = model.generate(tokens, return_dict_in_generate=True, **options)
+
+    boundaries = 2 * model.config.num_hidden_layers + 1
+    assert launches == boundaries * [2 * 5] + 2 * boundaries * [2]
+    torch.testing.assert_close(fused.logits, plain.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", ["scalar", "cc"])
+def test_decoding_in_cuda_graphs(variant, monkeypatch):
+    """`generate` compiles single tokens with a static cache by itself, in mode "reduce-overhead"."""
+    model, tokens = tiny_model(variant).cuda(), random_tokens(2, 5).cuda()
+    options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(tokens, disable_compile=True, **options)
+    monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "1")
+    for _ in range(2):
+        generated = model.generate(tokens, compile_config=CompileConfig(fullgraph=True), **options)
+        assert torch.equal(generated, expected)
+    assert hasattr(model, "_compiled_call"), "not compiled"

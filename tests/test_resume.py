@@ -13,6 +13,7 @@
 # limitations under the License.
 """A run that is killed, whose checkpoints are damaged, or that fails: what is left, and that it ends where it would have."""
 
+import errno
 import json
 import os
 import shutil
@@ -304,6 +305,18 @@ def test_full_disk(interrupted, uninterrupted, capsys, name):
     full.unlink()
     assert pretrain() == 0
     assert_same_run(interrupted / "out", uninterrupted)
+
+
+class FullDisk(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_disk_that_is_full_for_the_process_that_reads_data():
+    """In one line, without the traceback that torch puts into the message."""
+    with pytest.raises(OSError) as raised:
+        next(iter(torch.utils.data.DataLoader(FullDisk(), num_workers=1)))
+    assert training.explain(raised.value) == "the disk is full: [Errno 28] No space left on device"
 
 
 class Poison(TrainerCallback):

@@ -460,6 +460,8 @@ def explaining_failures(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, InputError):
+            raise InputError(message(error)) from error
         reason = str(error) if isinstance(error, RunError) else explain(error)
         if reason is None:
             raise
@@ -468,11 +470,17 @@ def explaining_failures(folder: Path) -> Iterator[None]:
         raise RunError(f"{reason}; {left}") from error
 
 
+def message(error: BaseException) -> str:
+    """What an error says; if it comes from a process that reads data, without the traceback in which it says so."""
+    text = str(error)
+    return text.strip().splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
+
+
 def explain(error: BaseException | None) -> str | None:
     """What went wrong, if it is the disk, the memory or a worker."""
     if error is None:
         return None
-    text = str(error)
+    text = message(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
         return f"the disk is full: {text}"
     if isinstance(error, RuntimeError) and "inline_container" in text:  # all that `torch.save` says

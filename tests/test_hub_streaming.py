@@ -111,7 +111,7 @@ def test_streamed_by_name_killed_and_continued(hub, tmp_path, monkeypatch):
 
     def pretrain(*arguments):
         command = [sys.executable, REPOSITORY / "scripts" / "pretrain.py", "config.yaml", *options, *arguments]
-        process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert process.returncode == 0, process.stderr
 
     pretrain("--training.output_dir", "uninterrupted")

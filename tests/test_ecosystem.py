@@ -16,9 +16,11 @@
 import pytest
 import torch
 from accelerate import cpu_offload, infer_auto_device_map
-from conftest import close, random_tokens, tiny_model
+from conftest import CONV_VARIANTS, VARIANTS, close, random_tokens, tiny_model
 from torch import nn
+from torch._dynamo.exc import Unsupported
 from transformers import AutoModelForCausalLM, TextStreamer, TorchAoConfig, pipeline
+from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.import_utils import is_triton_available
@@ -132,6 +134,28 @@ def test_export(variant, kernels, monkeypatch):
     mask[1, :5] = mask[2, -3:] = 0
     inputs = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
     close(program.module()(**inputs).logits[mask.bool()], logits_of(model, **inputs)[mask.bool()])
+
+
+def export_with_static_cache(model):
+    """By transformers' own means, a program for one token at a time that has the cache in it."""
+    model.generation_config.update(cache_implementation="static", use_cache=True)
+    exportable = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=16, device="cpu")
+    return exportable.export(input_ids=torch.zeros(1, 1, dtype=torch.long), cache_position=torch.arange(1)).module()
+
+
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant not in CONV_VARIANTS])
+def test_export_with_static_cache(variant):
+    model, tokens = tiny_model(variant), random_tokens(1, 7)
+    program = export_with_static_cache(model)
+    logits = [program(input_ids=tokens[:, i : i + 1], cache_position=torch.tensor([i])) for i in range(7)]
+    close(torch.cat(logits, dim=1), logits_of(model, tokens))
+
+
+@pytest.mark.parametrize("variant", CONV_VARIANTS)
+def test_export_with_static_cache_refuses_convolutions(variant):
+    """Such a program keeps keys and values only: convolutions would read zeros in place of the past. Dynamo wraps the error."""
+    with pytest.raises((ValueError, Unsupported), match="would lose the inputs of convolutions"):
+        export_with_static_cache(tiny_model(variant))
 
 
 # ---- Quantisation ----

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin, StaticCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_layers import (
@@ -847,6 +847,13 @@ class DDLModel(DDLPreTrainedModel):
             layers = past_key_values.layers
             if not layers or not isinstance(layers[0], LinearAttentionCacheLayerMixin):
                 raise ValueError("past_key_values has no room for convolutions, make it with `config=model.config`")
+            # A program made with an empty static cache keeps the keys and values that it finds there, but nothing else
+            is_empty = isinstance(past_key_values, StaticCache) and not past_key_values.has_previous_state(0)
+            if is_empty and torch.compiler.is_exporting():
+                raise ValueError(
+                    "torch.export would lose the inputs of convolutions, which an empty static cache does not have; "
+                    "allowed: use_cache=False, or a model without convolutions over tokens"
+                )
         if past_key_values is not None and self.config.compressor == "token":
             self._fill_unused_conv_states(past_key_values, inputs_embeds)
         boundaries["past_key_values"] = past_key_values

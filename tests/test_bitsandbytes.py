@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import transformers_ddl  # noqa: F401
 
 
-pytest.importorskip("bitsandbytes")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 QUANTISATIONS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},

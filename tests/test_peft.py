@@ -19,7 +19,7 @@ import copy
 import pytest
 import torch
 from conftest import close, random_tokens, tiny_model
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.utils.import_utils import is_triton_available
 
@@ -145,3 +145,24 @@ def test_adapters_of_transformers_itself(tmp_path):
     adapted.save_pretrained(tmp_path)
     model.load_adapter(tmp_path)
     torch.testing.assert_close(logits_of(model, tokens), logits_of(adapted, tokens), rtol=0, atol=0)
+
+
+def prefix_tuned(variant):
+    return get_peft_model(tiny_model(variant), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+@pytest.mark.parametrize("variant", ["scalar", "cc-repeat", "additive"])
+def test_prefix_tuning(variant, tmp_path):
+    """Keys and values in front of a text, for attention alone."""
+    model, tokens = prefix_tuned(variant), random_tokens(2, 9)
+    losses = train(model, tokens)
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(tiny_model(variant), tmp_path)
+    assert torch.equal(logits_of(reloaded, tokens), logits_of(model, tokens))
+
+
+@pytest.mark.parametrize("variant", ["cc", "tc"])
+def test_prefix_tuning_refuses_convolutions(variant):
+    with pytest.raises(ValueError, match="no room for convolutions"):
+        prefix_tuned(variant)(random_tokens(2, 9))

@@ -433,6 +433,15 @@ def test_loss_is_the_mean_of_shifted_labels(variant):
     close(output.loss, expected)
 
 
+def test_skipped_logits():
+    model, tokens = tiny_model(), random_tokens(2, 9)
+    for model in (model.train(), model.eval()):
+        with_logits, without = (model(tokens, labels=tokens, skip_logits=skip) for skip in (None, True))
+        assert with_logits.logits is not None and without.logits is None
+        assert torch.equal(without.loss, with_logits.loss)
+        assert model(tokens, skip_logits=True).logits is not None, "without labels there is nothing else"
+
+
 @variants
 @pytest.mark.parametrize("init_scheme", ["default", "authors"])
 def test_overfits_one_batch(variant, init_scheme):

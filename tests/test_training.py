@@ -296,14 +296,17 @@ def test_same_run_again_changes_nothing(finished, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "documents"])
-def test_model_gets_no_masks(workplace, monkeypatch, packing):
+def test_no_masks_and_no_logits(workplace, monkeypatch, packing):
     """A mask, be it of ones, bars the fast kernels of attention and the recognition of packed documents."""
     seen, forward = set(), DDLForCausalLM.forward
 
     @functools.wraps(forward)
     def observed(self, **kwargs):
         seen.update(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
-        return forward(self, **kwargs)
+        outputs = forward(self, **kwargs)
+        if self.training:
+            assert outputs.logits is None, "Accelerate would turn them into float32"
+        return outputs
 
     monkeypatch.setattr(DDLForCausalLM, "forward", observed)
     pretrain("--training.max_steps", "2", "--data.packing", packing)

@@ -996,8 +996,8 @@ class DDLForCausalLM(DDLPreTrainedModel, GenerationMixin):
         """
         Args and outputs are [`LlamaForCausalLM`]'s: `labels` `[batch, sequence]` are shifted inside and ignored where
         -100; the loss is the mean over labels, or their sum divided by `num_items_in_batch`; `logits_to_keep` limits
-        the logits to the last so many positions, or to the given ones. With Liger's kernels the loss is computed without
-        logits, which are then None, if `skip_logits`: by default, in training.
+        the logits to the last so many positions, or to the given ones. With labels and `skip_logits`, by default in training
+        with Liger's kernels, which compute the loss without them, logits are None.
         """
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -1015,7 +1015,10 @@ class DDLForCausalLM(DDLPreTrainedModel, GenerationMixin):
             hidden_states = hidden_states * self.config.logits_scale
 
         logits = loss = None
-        if labels is not None and self._can_skip_logits(self.training if skip_logits is None else skip_logits):
+        if skip_logits is None:
+            skip_logits = self.training and self.loss_without_logits is not None
+        skip_logits = skip_logits and labels is not None
+        if skip_logits and self.loss_without_logits is not None and self._head_is_plain():
             loss = self.loss_without_logits(hidden_states, self.lm_head.weight, labels, **kwargs)
         else:
             logits = self.lm_head(hidden_states)
@@ -1024,16 +1027,15 @@ class DDLForCausalLM(DDLPreTrainedModel, GenerationMixin):
 
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=logits,
+            logits=None if skip_logits else logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def _can_skip_logits(self, skip_logits: bool) -> bool:
+    def _head_is_plain(self) -> bool:
         # A head that an adapter wraps, or whose weight is sharded or quantised, must be called
-        is_plain = type(self.lm_head) is nn.Linear and type(self.lm_head.weight) is nn.Parameter
-        return skip_logits and is_plain and self.loss_without_logits is not None
+        return type(self.lm_head) is nn.Linear and type(self.lm_head.weight) is nn.Parameter
 
 
 class DDLForSequenceClassification(GenericForSequenceClassification, DDLPreTrainedModel): ...

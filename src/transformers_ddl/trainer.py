@@ -102,6 +102,12 @@ class ResumableTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return decay_parameter_names(model)
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **kwargs):
+        # Accelerate would turn the logits, which nobody looks at, into float32
+        if not return_outputs:
+            inputs = {**inputs, "skip_logits": True}
+        return super().compute_loss(model, inputs, return_outputs, **kwargs)
+
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
         input_ids = inputs["input_ids"]
         return input_ids.numel() * self.flops_per_token(input_ids.shape[1])

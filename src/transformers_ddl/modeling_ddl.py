@@ -432,6 +432,10 @@ class DDLTokenCompressor(DDLTokenConvolution):
         super().__init__(config, config.compressor_kernel_size)
         self.read = nn.Parameter(torch.empty(config.num_value_channels))
 
+    def mixing(self) -> torch.Tensor:
+        """The products of read vector and taps, `[taps, n, hidden_size]`."""
+        return (upcast(self.read)[:, None, None] * upcast(self.weight)).permute(2, 0, 1).contiguous()
+
     def apply_tap(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return (hidden_states * (upcast(self.read).unsqueeze(-1) * weight)).sum(2)
 
@@ -566,6 +570,9 @@ def begin_sublayer(
     residual: nn.Module | None,
     history: tuple[torch.Tensor, ...],
     output_hidden_states: bool,
+    past_key_values: Cache | None = None,
+    conv_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
     **compressor_kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, tuple, tuple[torch.Tensor, ...]]:
     """
@@ -580,9 +587,11 @@ def begin_sublayer(
         weights: of the next sublayer's write.
         history: what it is for the next boundary.
     """
-    if not output_hidden_states and can_fuse(config, state, compressor, norm, residual):
-        mixing = compressor.mixing() if config.compressor == "channel" else None
-        state, context, weights, history = fused_boundary(config, state, write, mixing, norm, residual, history)
+    if not output_hidden_states and can_fuse(config, state, compressor, norm, residual, past_key_values):
+        mixing = None if config.compressor is None else compressor.mixing()
+        state, context, weights, history = fused_boundary(
+            config, state, write, mixing, norm, residual, history, conv_mask, document_ids
+        )
         return state, None, context, weights, history
 
     if write:
@@ -591,7 +600,9 @@ def begin_sublayer(
     if isinstance(residual, (DDLHyperConnection, DDLManifoldHyperConnection)):
         hidden_states, weights = residual(state)
         return state, hidden_states, norm(hidden_states), weights, ()
-    hidden_states = compressor(state, **compressor_kwargs)
+    hidden_states = compressor(
+        state, past_key_values=past_key_values, conv_mask=conv_mask, document_ids=document_ids, **compressor_kwargs
+    )
     context = norm(hidden_states)
     weights = () if residual is None else residual(hidden_states, context)
     return state, hidden_states, context, weights, ()

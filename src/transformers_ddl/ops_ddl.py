@@ -17,7 +17,7 @@ import os
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import Cache, PreTrainedConfig
 from transformers.utils.import_utils import is_liger_kernel_available, is_triton_available
 
 
@@ -35,18 +35,24 @@ def load_kernels():
     ahead of a `Trainer` that asks for it.
     """
     if TRITON_AVAILABLE and torch.cuda.is_available():
+        from .ops_triton_conv import convolution_op  # noqa: F401
         from .ops_triton_ddl import boundary_op  # noqa: F401
     if TRITON_AVAILABLE and is_liger_kernel_available():
         from .liger_ddl import apply_liger_kernel_to_ddl  # noqa: F401
 
 
 def can_fuse(
-    config: PreTrainedConfig, state: torch.Tensor, compressor: nn.Module, norm: nn.Module, residual: nn.Module | None
+    config: PreTrainedConfig,
+    state: torch.Tensor,
+    compressor: nn.Module,
+    norm: nn.Module,
+    residual: nn.Module | None,
+    past_key_values: Cache | None = None,
 ) -> bool:
     """
     Whether the fused kernels, which read the weights of modules without calling them, can compute the boundary before a
     sublayer: with Triton, on a GPU, for a state `[batch, sequence, n, hidden_size]` in float32, bfloat16 or float16, one
-    write of rank 1, compression over channels, and modules that are what they were made as (not wrapped
+    write of rank 1, no token convolution with past inputs, and modules that are what they were made as (not wrapped
     by an adapter, nor their weights offloaded). Programs that `torch.export` makes have none, so that they can run
     anywhere. The environment variable `TRANSFORMERS_DDL_KERNELS` overrides the device: 0 always takes the PyTorch path, 1
     takes the kernels on a CPU too (Triton's interpreter).
@@ -56,7 +62,9 @@ def can_fuse(
         return False
     if torch.compiler.is_exporting():
         return False
-    if config.residual_type not in ("delta", "write_only", "expanded_additive") or config.compressor == "token":
+    if config.residual_type not in ("delta", "write_only", "expanded_additive"):
+        return False
+    if config.compressor == "token" and past_key_values is not None:
         return False
     if config.num_delta_steps > 1 or config.num_value_channels > MAX_VALUE_CHANNELS:
         return False
@@ -82,11 +90,15 @@ def fused_boundary(
     norm: nn.Module,
     residual: nn.Module | None,
     history: tuple[torch.Tensor, ...],
+    conv_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """
-    The boundary between two sublayers in one kernel: the write of the one, compression by `mixing` `[n, hidden_size]`
-    (None for n = 1), RMSNorm and the weights of `residual` for the write of the other (None at the readout, which needs no
-    new state either).
+    The boundary between two sublayers in one kernel: the write of the one, compression by `mixing` (over channels `[n,
+    hidden_size]`, over tokens `[taps, n, hidden_size]`, None for n = 1), RMSNorm and the weights of `residual` for the write
+    of the other (None at the readout, which needs no new state either). Compression over tokens, which reads neither where
+    `conv_mask` is False nor other documents of `document_ids`, both `[batch, sequence]`, takes a kernel of its own with the
+    write, and is followed by the rest.
 
     The backward pass needs the state, which is not kept for it at every boundary: `history` holds an earlier state and
     what has been written since, from which it is rebuilt. It is begun anew when it is full.
@@ -114,29 +126,52 @@ def fused_boundary(
     if not history or len(history) > 1 + 2 * NUM_REPLAYS:
         history = (state.detach(),)
     snapshot, *replays = history
-    new_state, context, new_target, new_gate, _, written, _, _ = boundary_op(
-        state,
-        direction,
-        target,
-        gate,
-        keep,
-        amplitude,
-        mixing,
+    write = (direction, target, gate, keep, amplitude)
+    maps = (
         norm.weight,
         None if value_proj is None else value_proj.weight,
         None if value_proj is None else value_proj.bias,
         None if heads is None else heads.beta_proj.weight.squeeze(0),
         None if heads is None else heads.beta_proj.bias,
-        snapshot,
-        replays,
+    )
+    erase, begins_sublayer = config.residual_type == "delta", residual is not None
+    options = (
         config.key_eps,
         norm.variance_epsilon,
+        config.num_value_channels,
         float(config.value_scale),
         VALUE_ACTIVATIONS[config.value_activation],
         config.value_input == "context",
-        config.residual_type == "delta",
-        residual is not None,
+        erase,
+        begins_sublayer,
     )
+    if config.compressor == "token":
+        from .ops_triton_conv import convolution_op
+
+        order, segment = walk(conv_mask, document_ids)
+        new_state, hidden_states, _, written, _ = convolution_op(
+            state,
+            *write,
+            mixing,
+            order,
+            segment,
+            snapshot,
+            replays,
+            batch_shape[1],
+            config.key_eps,
+            erase,
+            begins_sublayer,
+        )
+        # What is left is a boundary without a write, of a state of one channel
+        hidden_states = hidden_states.unsqueeze(1)
+        no_write = [None] * len(write)
+        _, context, new_target, new_gate, *_ = boundary_op(
+            hidden_states, *no_write, None, *maps, hidden_states.detach(), [], *options
+        )
+    else:
+        new_state, context, new_target, new_gate, _, written, *_ = boundary_op(
+            state, *write, mixing, *maps, snapshot, replays, *options
+        )
     context = context.unflatten(0, batch_shape)
     if residual is None:
         return None, context, (), ()
@@ -151,3 +186,24 @@ def fused_boundary(
     else:
         weights = residual(None, context)
     return new_state.unflatten(0, batch_shape), context, weights, history
+
+
+def walk(
+    conv_mask: torch.Tensor | None, document_ids: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """
+    The order in which a token convolution walks along the tokens of a batch, padding first in each row, and for each of its
+    positions the document, negative at padding: both `[tokens]`, or None for rows without padding of one document each.
+    """
+    if conv_mask is None and document_ids is None:
+        return None, None
+    layout = conv_mask if document_ids is None else document_ids
+    rows = torch.arange(layout.shape[0], device=layout.device).unsqueeze(1)
+    seq_length = layout.shape[1]
+    if document_ids is None:
+        is_token, order = conv_mask.int().sort(dim=1, stable=True)
+        segment = torch.where(is_token == 1, rows, -1)
+    else:
+        order = torch.arange(seq_length, device=layout.device)
+        segment = rows * seq_length + document_ids
+    return (rows * seq_length + order).flatten(), segment.flatten()

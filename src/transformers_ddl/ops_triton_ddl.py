@@ -45,8 +45,10 @@ NAMESPACE = re.sub(r"\W", "_", __package__)
 
 
 @triton.jit
-def load_vectors(ptr, stride, COUNT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, NUM_BLOCKS: tl.constexpr):
-    features = tl.arange(0, BLOCK_D)
+def load_vectors(
+    ptr, stride, COUNT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, NUM_BLOCKS: tl.constexpr, first_feature=0
+):
+    features = first_feature + tl.arange(0, BLOCK_D)
     values = ()
     for j in tl.static_range(COUNT):
         for b in tl.static_range(NUM_BLOCKS):
@@ -60,8 +62,10 @@ def load_vectors(ptr, stride, COUNT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
-def store_vectors(ptr, values, COUNT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, NUM_BLOCKS: tl.constexpr):
-    features = tl.arange(0, BLOCK_D)
+def store_vectors(
+    ptr, values, COUNT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, NUM_BLOCKS: tl.constexpr, first_feature=0
+):
+    features = first_feature + tl.arange(0, BLOCK_D)
     for j in tl.static_range(COUNT):
         for b in tl.static_range(NUM_BLOCKS):
             block_ptr = ptr + j * D + b * BLOCK_D + features
@@ -84,6 +88,14 @@ def load_scalars(ptr, N: tl.constexpr):
 def store_scalars(ptr, values, N: tl.constexpr):
     for j in tl.static_range(N):
         tl.store(ptr + j, values[j])
+
+
+@triton.jit
+def zero_scalars(LENGTH: tl.constexpr):
+    values = ()
+    for i in tl.static_range(LENGTH):
+        values = values + (0.0,)
+    return values
 
 
 @triton.jit
@@ -227,6 +239,55 @@ def sums_over_features(values, COUNT: tl.constexpr, NUM_BLOCKS: tl.constexpr):
 
 
 @triton.jit
+def write_forward(
+    state,
+    direction_ptr,
+    target_ptr,
+    gate_ptr,
+    keep_ptr,
+    amplitude_ptr,
+    readout_ptr,
+    write_ptr,
+    inv_key_norm_ptr,
+    token,
+    key_eps,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    ERASE: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    HAS_AMPLITUDE: tl.constexpr,
+):
+    """`X + k̃ wᵀ`; stores Xᵀk, w and 1/‖k̃‖."""
+    direction = load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+    terms = multiply(direction, direction, 1, NUM_BLOCKS)
+    if ERASE:
+        terms = terms + multiply(state, direction, N, NUM_BLOCKS)
+    sums = sums_over_features(terms, N + 1 if ERASE else 1, NUM_BLOCKS)
+    inv_key_norm = 1.0 / tl.sqrt(sums[0] + key_eps * key_eps)
+    write = ()
+    for j in tl.static_range(N):
+        weight = 0.0
+        if HAS_GATE:
+            error = tl.load(target_ptr + token * N + j)
+            if ERASE:
+                readout = sums[1 + j] * inv_key_norm
+                tl.store(readout_ptr + token * N + j, readout)
+                if HAS_KEEP:
+                    readout *= 1.0 - tl.load(keep_ptr + j).to(tl.float32)
+                error -= readout
+            weight = tl.load(gate_ptr + token) * error * inv_key_norm
+        if HAS_AMPLITUDE:
+            weight += tl.load(amplitude_ptr + j).to(tl.float32)
+        write = write + (weight,)
+    store_scalars(write_ptr + token * N, write, N)
+    tl.store(inv_key_norm_ptr + token, inv_key_norm)
+    return add_multiples(state, write, direction, N, NUM_BLOCKS)
+
+
+@triton.jit
 def boundary_forward_kernel(
     state_ptr,
     direction_ptr,
@@ -256,6 +317,7 @@ def boundary_forward_kernel(
     value_scale,
     D: tl.constexpr,
     N: tl.constexpr,
+    NUM_VALUES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     HAS_WRITE: tl.constexpr,
@@ -274,34 +336,31 @@ def boundary_forward_kernel(
     for token in range(tl.program_id(0).to(tl.int64), num_tokens, tl.num_programs(0)):
         state = load_vectors(state_ptr + token * state_token_stride, state_channel_stride, N, D, BLOCK_D, NUM_BLOCKS)
         if HAS_WRITE:
-            direction = load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
-            terms = multiply(direction, direction, 1, NUM_BLOCKS)
-            if ERASE:
-                terms = terms + multiply(state, direction, N, NUM_BLOCKS)
-            sums = sums_over_features(terms, N + 1 if ERASE else 1, NUM_BLOCKS)
-            inv_key_norm = 1.0 / tl.sqrt(sums[0] + key_eps * key_eps)
-            write = ()
-            for j in tl.static_range(N):
-                weight = 0.0
-                if HAS_GATE:
-                    error = tl.load(target_ptr + token * N + j)
-                    if ERASE:
-                        readout = sums[1 + j] * inv_key_norm
-                        tl.store(readout_ptr + token * N + j, readout)
-                        if HAS_KEEP:
-                            readout *= 1.0 - tl.load(keep_ptr + j).to(tl.float32)
-                        error -= readout
-                    weight = tl.load(gate_ptr + token) * error * inv_key_norm
-                if HAS_AMPLITUDE:
-                    weight += tl.load(amplitude_ptr + j).to(tl.float32)
-                write = write + (weight,)
-            state = add_multiples(state, write, direction, N, NUM_BLOCKS)
+            state = write_forward(
+                state,
+                direction_ptr,
+                target_ptr,
+                gate_ptr,
+                keep_ptr,
+                amplitude_ptr,
+                readout_ptr,
+                write_ptr,
+                inv_key_norm_ptr,
+                token,
+                key_eps,
+                D,
+                N,
+                BLOCK_D,
+                NUM_BLOCKS,
+                HAS_GATE,
+                ERASE,
+                HAS_KEEP,
+                HAS_AMPLITUDE,
+            )
             if HAS_KEEP:  # a converted Llama reads what the Llama would
                 state = rounded(state, new_state_ptr, N * NUM_BLOCKS)
             if STORE_STATE:
                 store_vectors(new_state_ptr + token * (N * D), state, N, D, BLOCK_D, NUM_BLOCKS)
-            store_scalars(write_ptr + token * N, write, N)
-            tl.store(inv_key_norm_ptr + token, inv_key_norm)
 
         norm_weight = load_vectors(norm_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS)
         if HAS_MIXING:
@@ -310,7 +369,7 @@ def boundary_forward_kernel(
             gate_weight = load_vectors(gate_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS)
             gate_bias = tl.load(gate_bias_ptr).to(tl.float32)
             if VALUE_ACTIVATION != 2:
-                value_weight = load_vectors(value_weight_ptr, D, N, D, BLOCK_D, NUM_BLOCKS)
+                value_weight = load_vectors(value_weight_ptr, D, NUM_VALUES, D, BLOCK_D, NUM_BLOCKS)
 
         hidden = sum_of_products(state, mixing, N, NUM_BLOCKS) if HAS_MIXING else state
         # c = x · rstd ∘ g, so that the maps of c can be summed before rstd is known
@@ -320,8 +379,9 @@ def boundary_forward_kernel(
             terms = terms + multiply(unscaled_context, gate_weight, 1, NUM_BLOCKS)
             if VALUE_ACTIVATION != 2:
                 source = unscaled_context if VALUE_FROM_CONTEXT else hidden
-                terms = terms + multiply(value_weight, source, N, NUM_BLOCKS)
-        sums = sums_over_features(terms, 1 if not HAS_HEADS else (2 if VALUE_ACTIVATION == 2 else 2 + N), NUM_BLOCKS)
+                terms = terms + multiply(value_weight, source, NUM_VALUES, NUM_BLOCKS)
+        num_sums: tl.constexpr = 1 if not HAS_HEADS else (2 if VALUE_ACTIVATION == 2 else 2 + NUM_VALUES)
+        sums = sums_over_features(terms, num_sums, NUM_BLOCKS)
         rstd = 1.0 / tl.sqrt(sums[0] / D + norm_eps)
         normed = rounded(scale(hidden, rstd, NUM_BLOCKS), context_ptr, NUM_BLOCKS)  # as Llama's RMSNorm rounds
         store_vectors(context_ptr + token * D, multiply(normed, norm_weight, 1, NUM_BLOCKS), 1, D, BLOCK_D, NUM_BLOCKS)
@@ -331,13 +391,13 @@ def boundary_forward_kernel(
             gate_logit = sums[1] * rstd + gate_bias
             tl.store(new_gate_ptr + token, 2.0 * tl.sigmoid(gate_logit))
             if VALUE_ACTIVATION != 2:
-                for j in tl.static_range(N):
+                for j in tl.static_range(NUM_VALUES):
                     value = sums[2 + j] * rstd if VALUE_FROM_CONTEXT else sums[2 + j]
                     if HAS_VALUE_BIAS:
                         value += tl.load(value_bias_ptr + j).to(tl.float32)
                     if VALUE_ACTIVATION == 1:
                         value = tl.sigmoid(value)
-                    tl.store(new_target_ptr + token * N + j, value_scale * value)
+                    tl.store(new_target_ptr + token * NUM_VALUES + j, value_scale * value)
 
 
 @triton.jit
@@ -350,10 +410,116 @@ def replay(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
+    first_feature,
 ):
     """`X + k̃ wᵀ`."""
-    direction = load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+    direction = load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS, first_feature)
     return add_multiples(state, load_scalars(write_ptr + token * N, N), direction, N, NUM_BLOCKS)
+
+
+@triton.jit
+def rebuild_state(
+    snapshot_ptr,
+    token_stride,
+    channel_stride,
+    direction0_ptr,
+    write0_ptr,
+    direction1_ptr,
+    write1_ptr,
+    direction2_ptr,
+    write2_ptr,
+    token,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    NUM_REPLAYS: tl.constexpr,
+    first_feature=0,
+):
+    """The state before a write, from an earlier one and the writes since."""
+    state = load_vectors(snapshot_ptr + token * token_stride, channel_stride, N, D, BLOCK_D, NUM_BLOCKS, first_feature)
+    if NUM_REPLAYS > 0:
+        state = replay(state, direction0_ptr, write0_ptr, token, N, D, BLOCK_D, NUM_BLOCKS, first_feature)
+    if NUM_REPLAYS > 1:
+        state = replay(state, direction1_ptr, write1_ptr, token, N, D, BLOCK_D, NUM_BLOCKS, first_feature)
+    if NUM_REPLAYS > 2:
+        state = replay(state, direction2_ptr, write2_ptr, token, N, D, BLOCK_D, NUM_BLOCKS, first_feature)
+    return state
+
+
+@triton.jit
+def load_write_scalars(
+    write_ptr,
+    target_ptr,
+    gate_ptr,
+    readout_ptr,
+    inv_key_norm_ptr,
+    token,
+    N: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    ERASE: tl.constexpr,
+):
+    """w, v, β, Xᵀk and 1/‖k̃‖; w stands for those that the write has not."""
+    write = load_scalars(write_ptr + token * N, N)
+    target = load_scalars(target_ptr + token * N, N) if HAS_GATE else write
+    gate = tl.load(gate_ptr + token) if HAS_GATE else write[0]
+    readout = load_scalars(readout_ptr + token * N, N) if ERASE else write
+    return write, target, gate, readout, tl.load(inv_key_norm_ptr + token)
+
+
+@triton.jit
+def write_backward(
+    grad_state,
+    direction,
+    scalars,
+    keep_ptr,
+    grad_target_ptr,
+    grad_gate_ptr,
+    sum_keep,
+    sum_amplitude,
+    token,
+    N: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    ERASE: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    HAS_AMPLITUDE: tl.constexpr,
+):
+    """
+    The write (spec §5), with p = Gᵀk and q = β (1 − a) ∘ p, which is ‑∂(Xᵀk): ∂v = βp, ∂β = p·r, ∂X = G − k qᵀ,
+    ∂k̃ = Gw − (Xq + k (β r·p − q·Xᵀk)) / ‖k̃‖, ∂a = β p ∘ Xᵀk, ∂b = Gᵀk̃; without erasing, q = 0.
+
+    Stores ∂v and ∂β; returns ∂X, ∂k̃ without its term in X, the weights of that one, −q / ‖k̃‖, and the sums of ∂a and ∂b.
+    """
+    write, target, gate, readout, inv_key_norm = scalars
+    projected = sums_over_features(multiply(grad_state, direction, N, NUM_BLOCKS), N, NUM_BLOCKS)  # ∂w = Gᵀk̃
+    if HAS_AMPLITUDE:
+        sum_amplitude = add(sum_amplitude, projected, N)
+    grad_direction = sum_of_multiples(write, grad_state, N, NUM_BLOCKS)
+    grad_erased = write
+    if HAS_GATE:
+        projected = scale(projected, inv_key_norm, N)
+        grad_target = scale(projected, gate, N)
+        error = target
+        if ERASE:
+            erased = readout
+            grad_erased = grad_target
+            if HAS_KEEP:
+                keep = load_scalars(keep_ptr, N)
+                erased = subtract(readout, products(keep, readout, N), N)
+                grad_erased = subtract(grad_target, products(keep, grad_target, N), N)
+                sum_keep = add(sum_keep, products(grad_target, readout, N), N)
+            error = subtract(target, erased, N)
+        store_scalars(grad_target_ptr + token * N, grad_target, N)
+        tl.store(grad_gate_ptr + token, dot(projected, error, N))
+        along_key = dot(grad_target, error, N)
+        if ERASE:
+            along_key -= dot(grad_erased, readout, N)
+            grad_erased = scale(grad_erased, -inv_key_norm, N)
+            grad_state = add_multiples(grad_state, grad_erased, direction, N, NUM_BLOCKS)
+        factor = -along_key * inv_key_norm * inv_key_norm
+        grad_direction = add_multiples(grad_direction, (factor,), direction, 1, NUM_BLOCKS)
+    return grad_state, grad_direction, grad_erased, sum_keep, sum_amplitude
 
 
 @triton.jit
@@ -369,8 +535,8 @@ def boundary_backward_kernel(
     target_ptr,
     gate_ptr,
     keep_ptr,
-    amplitude_ptr,
     readout_ptr,
+    write_ptr,
     inv_key_norm_ptr,
     mixing_ptr,
     norm_weight_ptr,
@@ -387,14 +553,15 @@ def boundary_backward_kernel(
     grad_direction_ptr,
     grad_target_ptr,
     grad_gate_ptr,
-    grad_rows_ptr,  # per program: [2n + 2, d] sums of the gradients of mixing, value map, norm weight, gate map
-    grad_scalars_ptr,  # per program: [3n + 1] sums of the gradients of value bias, gate bias, kept share and amplitude
+    grad_rows_ptr,  # per program: [n + values + 2, d] sums of the gradients of mixing, value map, norm weight, gate map
+    grad_scalars_ptr,  # per program: [2n + values + 1] sums of the gradients of value bias, gate bias, kept share and amplitude
     num_tokens,
     snapshot_token_stride,
     snapshot_channel_stride,
     value_scale,
     D: tl.constexpr,
     N: tl.constexpr,
+    NUM_VALUES: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     NUM_REPLAYS: tl.constexpr,
@@ -410,16 +577,12 @@ def boundary_backward_kernel(
     VALUE_ACTIVATION: tl.constexpr,
 ):
     sum_mixing = zeros(N * NUM_BLOCKS, BLOCK_D)
-    sum_value_weight = zeros(N * NUM_BLOCKS, BLOCK_D)
+    sum_value_weight = zeros(NUM_VALUES * NUM_BLOCKS, BLOCK_D)
     sum_norm_weight = zeros(NUM_BLOCKS, BLOCK_D)
     sum_gate_weight = zeros(NUM_BLOCKS, BLOCK_D)
-    sum_value_bias = ()
-    sum_keep = ()
-    sum_amplitude = ()
-    for j in tl.static_range(N):
-        sum_value_bias = sum_value_bias + (0.0,)
-        sum_keep = sum_keep + (0.0,)
-        sum_amplitude = sum_amplitude + (0.0,)
+    sum_value_bias = zero_scalars(NUM_VALUES)
+    sum_keep = zero_scalars(N)
+    sum_amplitude = zero_scalars(N)
     sum_gate_bias = 0.0
 
     program = tl.program_id(0).to(tl.int64)
@@ -431,71 +594,38 @@ def boundary_backward_kernel(
         if HAS_HEADS:
             gate_weight = load_vectors(gate_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS)
             if VALUE_ACTIVATION != 2:
-                value_weight = load_vectors(value_weight_ptr, D, N, D, BLOCK_D, NUM_BLOCKS)
+                value_weight = load_vectors(value_weight_ptr, D, NUM_VALUES, D, BLOCK_D, NUM_BLOCKS)
 
-        # The state before the write, rebuilt from the snapshot: X + Σ k wᵀ
-        state = load_vectors(
-            snapshot_ptr + token * snapshot_token_stride, snapshot_channel_stride, N, D, BLOCK_D, NUM_BLOCKS
-        )
         grad_context = load_vectors(grad_context_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
         rstd = tl.load(rstd_ptr + token)
         if HAS_GRAD_STATE:
             grad_state = load_vectors(grad_new_state_ptr + token * (N * D), D, N, D, BLOCK_D, NUM_BLOCKS)
         else:
             grad_state = zeros(N * NUM_BLOCKS, BLOCK_D)
-        if NUM_REPLAYS > 0:
-            state = replay(
-                state,
-                replay0_direction_ptr,
-                replay0_write_ptr,
-                token,
-                N,
-                D,
-                BLOCK_D,
-                NUM_BLOCKS,
-            )
-        if NUM_REPLAYS > 1:
-            state = replay(
-                state,
-                replay1_direction_ptr,
-                replay1_write_ptr,
-                token,
-                N,
-                D,
-                BLOCK_D,
-                NUM_BLOCKS,
-            )
-        if NUM_REPLAYS > 2:
-            state = replay(
-                state,
-                replay2_direction_ptr,
-                replay2_write_ptr,
-                token,
-                N,
-                D,
-                BLOCK_D,
-                NUM_BLOCKS,
-            )
+        state = rebuild_state(
+            snapshot_ptr,
+            snapshot_token_stride,
+            snapshot_channel_stride,
+            replay0_direction_ptr,
+            replay0_write_ptr,
+            replay1_direction_ptr,
+            replay1_write_ptr,
+            replay2_direction_ptr,
+            replay2_write_ptr,
+            token,
+            D,
+            N,
+            BLOCK_D,
+            NUM_BLOCKS,
+            NUM_REPLAYS,
+        )
         new_state = state
         if HAS_WRITE:
             direction = load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
-            inv_key_norm = tl.load(inv_key_norm_ptr + token)
-            write = ()
-            if HAS_GATE:
-                gate = tl.load(gate_ptr + token)
-                error = load_scalars(target_ptr + token * N, N)
-                if ERASE:
-                    readout = load_scalars(readout_ptr + token * N, N)
-                    erased = readout
-                    if HAS_KEEP:
-                        keep = load_scalars(keep_ptr, N)
-                        erased = subtract(readout, products(keep, readout, N), N)
-                    error = subtract(error, erased, N)
-                write = scale(error, gate * inv_key_norm, N)
-            if HAS_AMPLITUDE:
-                amplitude = load_scalars(amplitude_ptr, N)
-                write = add(write, amplitude, N) if HAS_GATE else amplitude
-            new_state = add_multiples(state, write, direction, N, NUM_BLOCKS)
+            scalars = load_write_scalars(
+                write_ptr, target_ptr, gate_ptr, readout_ptr, inv_key_norm_ptr, token, N, HAS_GATE, ERASE
+            )
+            new_state = add_multiples(state, scalars[0], direction, N, NUM_BLOCKS)
 
         # Gate and target → context and hidden
         hidden = sum_of_products(new_state, mixing, N, NUM_BLOCKS) if HAS_MIXING else new_state
@@ -510,21 +640,21 @@ def boundary_backward_kernel(
             sum_gate_bias += grad_logit
             if VALUE_ACTIVATION != 2:
                 grad_value = ()
-                for j in tl.static_range(N):
-                    grad = tl.load(grad_new_target_ptr + token * N + j)
+                for j in tl.static_range(NUM_VALUES):
+                    grad = tl.load(grad_new_target_ptr + token * NUM_VALUES + j)
                     if VALUE_ACTIVATION == 1:  # v = scale · σ
-                        value = tl.load(new_target_ptr + token * N + j)
+                        value = tl.load(new_target_ptr + token * NUM_VALUES + j)
                         grad_value = grad_value + (grad * value * (1.0 - value / value_scale),)
                     else:
                         grad_value = grad_value + (grad * value_scale,)
-                grad_source = sum_of_multiples(grad_value, value_weight, N, NUM_BLOCKS)
+                grad_source = sum_of_multiples(grad_value, value_weight, NUM_VALUES, NUM_BLOCKS)
                 if VALUE_FROM_CONTEXT:
                     grad_context = add(grad_context, grad_source, NUM_BLOCKS)
-                    sum_value_weight = add_multiples(sum_value_weight, grad_value, context, N, NUM_BLOCKS)
+                    sum_value_weight = add_multiples(sum_value_weight, grad_value, context, NUM_VALUES, NUM_BLOCKS)
                 else:
                     grad_hidden = grad_source
-                    sum_value_weight = add_multiples(sum_value_weight, grad_value, hidden, N, NUM_BLOCKS)
-                sum_value_bias = add(sum_value_bias, grad_value, N)
+                    sum_value_weight = add_multiples(sum_value_weight, grad_value, hidden, NUM_VALUES, NUM_BLOCKS)
+                sum_value_bias = add(sum_value_bias, grad_value, NUM_VALUES)
 
         # RMSNorm and compressor → state
         grad_normed = multiply(grad_context, norm_weight, 1, NUM_BLOCKS)
@@ -538,74 +668,74 @@ def boundary_backward_kernel(
         else:
             grad_state = add(grad_state, grad_hidden, NUM_BLOCKS)
 
-        # The write (spec §5), with p = Gᵀk and q = β (1 − a) ∘ p, which is ‑∂(Xᵀk): ∂v = βp, ∂β = p·r, ∂X = G − k qᵀ,
-        # ∂k̃ = Gw − (Xq + k (β r·p − q·Xᵀk)) / ‖k̃‖, ∂a = β p ∘ Xᵀk, ∂b = Gᵀk̃; without erasing, q = 0
         if HAS_WRITE:
-            projected = sums_over_features(multiply(grad_state, direction, N, NUM_BLOCKS), N, NUM_BLOCKS)  # ∂w = Gᵀk̃
-            if HAS_AMPLITUDE:
-                sum_amplitude = add(sum_amplitude, projected, N)
-            grad_direction = sum_of_multiples(write, grad_state, N, NUM_BLOCKS)
-            if HAS_GATE:
-                projected = scale(projected, inv_key_norm, N)
-                grad_target = scale(projected, gate, N)
-                store_scalars(grad_target_ptr + token * N, grad_target, N)
-                tl.store(grad_gate_ptr + token, dot(projected, error, N))
-                along_key = dot(grad_target, error, N)
-                if ERASE:
-                    grad_erased = grad_target
-                    if HAS_KEEP:
-                        grad_erased = subtract(grad_target, products(keep, grad_target, N), N)
-                        sum_keep = add(sum_keep, products(grad_target, readout, N), N)
-                    along_key -= dot(grad_erased, readout, N)
-                    grad_erased = scale(grad_erased, -inv_key_norm, N)
-                    read = sum_of_multiples(grad_erased, state, N, NUM_BLOCKS)
-                    grad_direction = add(grad_direction, read, NUM_BLOCKS)
-                    grad_state = add_multiples(grad_state, grad_erased, direction, N, NUM_BLOCKS)
-                factor = -along_key * inv_key_norm * inv_key_norm
-                grad_direction = add_multiples(grad_direction, (factor,), direction, 1, NUM_BLOCKS)
+            grad_state, grad_direction, grad_erased, sum_keep, sum_amplitude = write_backward(
+                grad_state,
+                direction,
+                scalars,
+                keep_ptr,
+                grad_target_ptr,
+                grad_gate_ptr,
+                sum_keep,
+                sum_amplitude,
+                token,
+                N,
+                NUM_BLOCKS,
+                HAS_GATE,
+                ERASE,
+                HAS_KEEP,
+                HAS_AMPLITUDE,
+            )
+            if ERASE:
+                read = sum_of_multiples(grad_erased, state, N, NUM_BLOCKS)
+                grad_direction = add(grad_direction, read, NUM_BLOCKS)
             store_vectors(grad_direction_ptr + token * D, grad_direction, 1, D, BLOCK_D, NUM_BLOCKS)
         store_vectors(grad_state_ptr + token * (N * D), grad_state, N, D, BLOCK_D, NUM_BLOCKS)
 
-    rows_ptr = grad_rows_ptr + program * (2 * N + 2) * D
+    rows_ptr = grad_rows_ptr + program * (N + NUM_VALUES + 2) * D
     store_vectors(rows_ptr, sum_mixing, N, D, BLOCK_D, NUM_BLOCKS)
-    store_vectors(rows_ptr + N * D, sum_value_weight, N, D, BLOCK_D, NUM_BLOCKS)
-    store_vectors(rows_ptr + 2 * N * D, sum_norm_weight, 1, D, BLOCK_D, NUM_BLOCKS)
-    store_vectors(rows_ptr + (2 * N + 1) * D, sum_gate_weight, 1, D, BLOCK_D, NUM_BLOCKS)
-    scalars_ptr = grad_scalars_ptr + program * (3 * N + 1)
-    store_scalars(scalars_ptr, sum_value_bias, N)
-    tl.store(scalars_ptr + N, sum_gate_bias)
-    store_scalars(scalars_ptr + N + 1, sum_keep, N)
-    store_scalars(scalars_ptr + 2 * N + 1, sum_amplitude, N)
+    store_vectors(rows_ptr + N * D, sum_value_weight, NUM_VALUES, D, BLOCK_D, NUM_BLOCKS)
+    store_vectors(rows_ptr + (N + NUM_VALUES) * D, sum_norm_weight, 1, D, BLOCK_D, NUM_BLOCKS)
+    store_vectors(rows_ptr + (N + NUM_VALUES + 1) * D, sum_gate_weight, 1, D, BLOCK_D, NUM_BLOCKS)
+    scalars_ptr = grad_scalars_ptr + program * (2 * N + NUM_VALUES + 1)
+    store_scalars(scalars_ptr, sum_value_bias, NUM_VALUES)
+    tl.store(scalars_ptr + NUM_VALUES, sum_gate_bias)
+    store_scalars(scalars_ptr + NUM_VALUES + 1, sum_keep, N)
+    store_scalars(scalars_ptr + N + NUM_VALUES + 1, sum_amplitude, N)
 
 
 MAX_REPLAYS = 3
 VALUE_ACTIVATIONS = {None: 0, "sigmoid": 1, "constant": 2}
 
 
-def launch_options(state: torch.Tensor, backward: bool) -> tuple[tuple[int], dict[str, int]]:
+def vector_sizes(state: torch.Tensor) -> dict[str, int]:
+    """Compile-time sizes for `state` `[tokens, n, d]`."""
+    _, n, d = state.shape
+    # The largest block that wastes least
+    block_d = min((512, 256, 128), key=lambda block: (triton.cdiv(d, block) * block, -block))
+    return {"D": d, "N": n, "BLOCK_D": block_d, "NUM_BLOCKS": triton.cdiv(d, block_d)}
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    # Triton's interpreter has none
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def launch_options(state: torch.Tensor, num_values: int, backward: bool) -> tuple[tuple[int], dict[str, int]]:
     """Grid and compile-time sizes for `state` `[tokens, n, d]`, as measured best on an H200 (`benchmarks/NOTES.md`)."""
     num_tokens, n, d = state.shape
     if backward:
-        # Few programs, as each keeps the sums of 2n + 2 parameter gradients in registers: at most 80 of a thread
-        num_warps, programs_per_sm = max(4, triton.next_power_of_2((2 * n + 2) * d // 2560)), 2 if n > 2 else 4
+        # Few programs, as each keeps the sums of the parameters' gradients in registers: at most 80 of a thread
+        num_rows = n + num_values + 2
+        num_warps, programs_per_sm = max(4, triton.next_power_of_2(num_rows * d // 2560)), 2 if n > 2 else 4
     else:
         num_warps, programs_per_sm = max(2, triton.next_power_of_2(triton.cdiv(n * d, 1536))), 32
-    # Triton's interpreter has no multiprocessors
-    sms = torch.cuda.get_device_properties(state.device).multi_processor_count if state.is_cuda else 1
-    # The largest block that wastes least
-    block_d = min((512, 256, 128), key=lambda block: (triton.cdiv(d, block) * block, -block))
-    sizes = {
-        "D": d,
-        "N": n,
-        "BLOCK_D": block_d,
-        "NUM_BLOCKS": triton.cdiv(d, block_d),
-        "num_warps": min(num_warps, 32),
-    }
-    return (min(sms * programs_per_sm, num_tokens),), sizes
+    sizes = {**vector_sizes(state), "NUM_VALUES": num_values, "num_warps": min(num_warps, 32)}
+    return (min(num_multiprocessors(state.device) * programs_per_sm, num_tokens),), sizes
 
 
 # Every operation takes tokens in one dimension: state `[tokens, n, d]`, direction and context `[tokens, d]`, target
-# `[tokens, n]`, gate `[tokens]`, keep and amplitude `[n]`. `direction` is None where there is no write before, target and gate,
+# `[tokens, n]`, gate `[tokens]`, keep and amplitude `[n]`, the next target `[tokens, num_values]`. `direction` is None where there is no write before, target and gate,
 # keep, amplitude where the write has none, and the maps of gate and value where no gated sublayer begins. The readout needs
 # no new state (`begins_sublayer`). The backward pass rebuilds the state from `snapshot`, an earlier state, and `replays`,
 # direction and w of each write since.
@@ -629,6 +759,7 @@ def boundary_op(
     replays: list[torch.Tensor],
     key_eps: float,
     norm_eps: float,
+    num_values: int,
     value_scale: float,
     value_activation: int,
     value_from_context: bool,
@@ -636,12 +767,12 @@ def boundary_op(
     begins_sublayer: bool,
 ) -> list[torch.Tensor]:
     """Returns new state, context, new target, new gate and, for the backward pass, Xᵀk, w, 1/‖k̃‖ and 1/rms."""
-    outputs = boundary_outputs(state, direction, gate_weight, begins_sublayer)
+    outputs = boundary_outputs(state, direction, gate_weight, num_values, begins_sublayer)
     new_state, context, new_target, new_gate, readout, write, inv_key_norm, rstd = outputs
     if value_activation == VALUE_ACTIVATIONS["constant"]:
         new_target.fill_(value_scale)
     if state.shape[0] > 0:
-        grid, sizes = launch_options(state, backward=False)
+        grid, sizes = launch_options(state, num_values, backward=False)
         boundary_forward_kernel[grid](
             state, direction, target, gate, keep, amplitude,
             mixing, norm_weight, value_weight, value_bias, gate_weight, gate_bias,
@@ -657,7 +788,11 @@ def boundary_op(
 
 
 def boundary_outputs(
-    state: torch.Tensor, direction: torch.Tensor | None, gate_weight: torch.Tensor | None, begins_sublayer: bool
+    state: torch.Tensor,
+    direction: torch.Tensor | None,
+    gate_weight: torch.Tensor | None,
+    num_values: int,
+    begins_sublayer: bool,
 ) -> list[torch.Tensor]:
     num_tokens, n, d = state.shape
     num_writes = 0 if direction is None else num_tokens
@@ -665,7 +800,7 @@ def boundary_outputs(
     return [
         state.new_empty(num_writes if begins_sublayer else 0, n, d),
         state.new_empty(num_tokens, d),
-        state.new_empty(num_heads, n, dtype=torch.float32),
+        state.new_empty(num_heads, num_values, dtype=torch.float32),
         state.new_empty(num_heads, dtype=torch.float32),
         state.new_empty(num_writes, n, dtype=torch.float32),
         state.new_empty(num_writes, n, dtype=torch.float32),
@@ -676,8 +811,8 @@ def boundary_outputs(
 
 @boundary_op.register_fake
 def _(state, direction, *args):
-    gate_weight, begins_sublayer = args[8], args[-1]
-    return boundary_outputs(state, direction, gate_weight, begins_sublayer)
+    gate_weight, num_values, begins_sublayer = args[8], args[14], args[-1]
+    return boundary_outputs(state, direction, gate_weight, num_values, begins_sublayer)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::boundary_backward", mutates_args=())
@@ -690,6 +825,7 @@ def boundary_backward_op(
     keep: torch.Tensor | None,
     amplitude: torch.Tensor | None,
     readout: torch.Tensor,
+    write: torch.Tensor,
     inv_key_norm: torch.Tensor,
     mixing: torch.Tensor | None,
     norm_weight: torch.Tensor,
@@ -702,6 +838,7 @@ def boundary_backward_op(
     grad_context: torch.Tensor,
     grad_new_target: torch.Tensor | None,
     grad_new_gate: torch.Tensor | None,
+    num_values: int,
     value_scale: float,
     value_activation: int,
     value_from_context: bool,
@@ -709,18 +846,17 @@ def boundary_backward_op(
 ) -> list[torch.Tensor]:
     """
     Returns the gradients of state, direction, target and gate, then in float32 those of mixing, value map, norm weight
-    and gate map as the rows of `[2n + 2, d]` and of value bias, gate bias, keep and amplitude as `[3n + 1]`.
+    and gate map as the rows of `[n + values + 2, d]` and of value bias, gate bias, keep and amplitude as `[2n + values + 1]`.
     """
     num_tokens, n, d = snapshot.shape
-    outputs = boundary_backward_outputs(snapshot, direction, target, gate)
+    outputs = boundary_backward_outputs(snapshot, direction, target, gate, num_values)
     if num_tokens == 0:
         return [output.zero_() for output in outputs]
-    grid, sizes = launch_options(snapshot, backward=True)
-    grad_rows = snapshot.new_empty(*grid, 2 * n + 2, d, dtype=torch.float32)
-    grad_scalars = snapshot.new_empty(*grid, 3 * n + 1, dtype=torch.float32)
+    grid, sizes = launch_options(snapshot, num_values, backward=True)
+    grad_rows, grad_scalars = (output.new_empty(*grid, *output.shape) for output in outputs[4:])
     boundary_backward_kernel[grid](
-        snapshot, *replays, *[None] * (2 * MAX_REPLAYS - len(replays)), direction, target, gate, keep, amplitude,
-        readout, inv_key_norm, mixing, norm_weight, value_weight, gate_weight, rstd, new_target, new_gate,
+        snapshot, *replays, *[None] * (2 * MAX_REPLAYS - len(replays)), direction, target, gate, keep,
+        readout, write, inv_key_norm, mixing, norm_weight, value_weight, gate_weight, rstd, new_target, new_gate,
         grad_new_state, grad_context, grad_new_target, grad_new_gate, *outputs[:4], grad_rows, grad_scalars,
         num_tokens, snapshot.stride(0), snapshot.stride(1), value_scale,
         NUM_REPLAYS=len(replays) // 2, HAS_GRAD_STATE=grad_new_state is not None, HAS_WRITE=direction is not None,
@@ -732,7 +868,11 @@ def boundary_backward_op(
 
 
 def boundary_backward_outputs(
-    snapshot: torch.Tensor, direction: torch.Tensor | None, target: torch.Tensor | None, gate: torch.Tensor | None
+    snapshot: torch.Tensor,
+    direction: torch.Tensor | None,
+    target: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    num_values: int,
 ) -> list[torch.Tensor]:
     num_tokens, n, d = snapshot.shape
     return [
@@ -741,14 +881,14 @@ def boundary_backward_outputs(
             snapshot.new_empty(0) if tensor is None else torch.empty_like(tensor)
             for tensor in (direction, target, gate)
         ),
-        snapshot.new_empty(2 * n + 2, d, dtype=torch.float32),
-        snapshot.new_empty(3 * n + 1, dtype=torch.float32),
+        snapshot.new_empty(n + num_values + 2, d, dtype=torch.float32),
+        snapshot.new_empty(2 * n + num_values + 1, dtype=torch.float32),
     ]
 
 
 @boundary_backward_op.register_fake
 def _(snapshot, replays, direction, target, gate, *args):
-    return boundary_backward_outputs(snapshot, direction, target, gate)
+    return boundary_backward_outputs(snapshot, direction, target, gate, num_values=args[-5])
 
 
 def setup_context(ctx, inputs, output):
@@ -764,7 +904,7 @@ def setup_context(ctx, inputs, output):
     parameters = (mixing, value_weight, norm_weight, gate_weight, value_bias, gate_bias, keep, amplitude)
     ctx.parameter_dtypes = [None if parameter is None else parameter.dtype for parameter in parameters]
     ctx.save_for_backward(
-        snapshot, *replays, direction, target, gate, keep, amplitude, readout, inv_key_norm,
+        snapshot, *replays, direction, target, gate, keep, amplitude, readout, write, inv_key_norm,
         mixing, norm_weight, value_weight, gate_weight, new_target, new_gate, rstd,
     )  # fmt: skip
 
@@ -793,9 +933,12 @@ def backward(ctx, grads):
     grad_write = [
         None if tensor is None else grad for tensor, grad in zip((direction, target, gate), grad_write, strict=True)
     ]
+    num_values = ctx.options[0]
+    grad_mixing, grad_value_weight, grad_norm_weight, grad_gate_weight = rows.split([n, num_values, 1, 1])
+    grad_value_bias, grad_gate_bias, grad_keep, grad_amplitude = scalars.split([num_values, 1, n, n])
     parameter_grads = (
-        rows[:n], rows[n : 2 * n], rows[2 * n], rows[2 * n + 1],
-        scalars[:n], scalars[n : n + 1], scalars[n + 1 : 2 * n + 1], scalars[2 * n + 1 :],
+        grad_mixing, grad_value_weight, grad_norm_weight[0], grad_gate_weight[0],
+        grad_value_bias, grad_gate_bias, grad_keep, grad_amplitude,
     )  # fmt: skip
     (
         grad_mixing, grad_value_weight, grad_norm_weight, grad_gate_weight,
@@ -806,7 +949,7 @@ def backward(ctx, grads):
     return (
         grad_state, *grad_write, grad_keep, grad_amplitude, grad_mixing, grad_norm_weight,
         grad_value_weight, grad_value_bias, grad_gate_weight, grad_gate_bias,
-        None, [None] * ctx.num_replays, *[None] * 7,
+        None, [None] * ctx.num_replays, *[None] * 8,
     )  # fmt: skip
 
 

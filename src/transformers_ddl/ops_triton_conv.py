@@ -1,0 +1,566 @@
+# Copyright 2026 The transformers_ddl team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Triton kernels of the boundary between two sublayers for states that are compressed over tokens (DDL-TC): the delta rewrite
+that ends one and the token convolution x[t] = Σ_τ Σ_j M[τ, j] ∘ X[t − K + 1 + τ, j], in one pass over the state. What follows
+upon x, RMSNorm, gate and target, is that of `boundary_op` for a state of one channel.
+
+Programs walk along tokens, forwards for x, which they sum for K tokens at once, and backwards for the gradient of X, which
+needs those of the K − 1 tokens after it. The notation is that of `ops_triton_ddl`.
+"""
+
+import torch
+from transformers.utils.import_utils import is_triton_available
+
+from .ops_triton_ddl import (
+    MAX_REPLAYS,
+    NAMESPACE,
+    add,
+    add_products,
+    load_scalars,
+    load_vectors,
+    load_write_scalars,
+    num_multiprocessors,
+    rebuild_state,
+    replay,
+    store_scalars,
+    store_vectors,
+    sum_of_multiples,
+    sum_of_products,
+    vector_sizes,
+    write_backward,
+    write_forward,
+    zero_scalars,
+    zeros,
+)
+
+
+# Always true here. Transformers refuses to load remote code with an import that is missing, unless under such a condition
+if is_triton_available():
+    import triton
+    import triton.language as tl
+
+
+@triton.jit
+def locate(position, order_ptr, segment_ptr, seq_length, HAS_ORDER: tl.constexpr):
+    """The token at a position of the walk and what may be read together: its sequence or document, negative for padding."""
+    if HAS_ORDER:
+        token = tl.load(order_ptr + position)
+        segment = tl.load(segment_ptr + position)
+    else:
+        token = position
+        segment = position // seq_length
+    return token.to(tl.int64), segment  # int64 makes offsets int64
+
+
+@triton.jit
+def zero_unless(condition, values, LENGTH: tl.constexpr):
+    results = ()
+    for i in tl.static_range(LENGTH):
+        results = results + (tl.where(condition, values[i], 0.0),)
+    return results
+
+
+@triton.jit
+def convolution_forward_kernel(
+    state_ptr,
+    direction_ptr,
+    target_ptr,
+    gate_ptr,
+    keep_ptr,
+    amplitude_ptr,
+    mixing_ptr,
+    order_ptr,
+    segment_ptr,
+    new_state_ptr,
+    hidden_ptr,
+    readout_ptr,
+    write_ptr,
+    inv_key_norm_ptr,
+    num_tokens,
+    seq_length,
+    chunk_length,
+    state_token_stride,
+    state_channel_stride,
+    key_eps,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_WRITE: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    ERASE: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    HAS_AMPLITUDE: tl.constexpr,
+    STORE_STATE: tl.constexpr,
+):
+    PAST: tl.constexpr = (KERNEL_SIZE - 1) * NUM_BLOCKS
+    begin = tl.program_id(0) * chunk_length
+    partial = zeros(PAST, BLOCK_D)  # of the next K - 1 tokens' x, what is known
+    last_segment = -1
+    # Each chunk computes the K - 1 tokens before it once more
+    for position in range(tl.maximum(begin - KERNEL_SIZE + 1, 0), tl.minimum(begin + chunk_length, num_tokens)):
+        token, segment = locate(position, order_ptr, segment_ptr, seq_length, HAS_ORDER)
+        state = load_vectors(state_ptr + token * state_token_stride, state_channel_stride, N, D, BLOCK_D, NUM_BLOCKS)
+        if HAS_WRITE:
+            state = write_forward(
+                state,
+                direction_ptr,
+                target_ptr,
+                gate_ptr,
+                keep_ptr,
+                amplitude_ptr,
+                readout_ptr,
+                write_ptr,
+                inv_key_norm_ptr,
+                token,
+                key_eps,
+                D,
+                N,
+                BLOCK_D,
+                NUM_BLOCKS,
+                HAS_GATE,
+                ERASE,
+                HAS_KEEP,
+                HAS_AMPLITUDE,
+            )
+            if STORE_STATE:
+                if position >= begin:
+                    store_vectors(new_state_ptr + token * (N * D), state, N, D, BLOCK_D, NUM_BLOCKS)
+
+        partial = zero_unless(segment == last_segment, partial, PAST) + zeros(NUM_BLOCKS, BLOCK_D)
+        last_segment = segment
+        sums = ()
+        for i in tl.static_range(KERNEL_SIZE):
+            tap_ptr = mixing_ptr + (KERNEL_SIZE - 1 - i) * (N * D)
+            term = sum_of_products(state, load_vectors(tap_ptr, D, N, D, BLOCK_D, NUM_BLOCKS), N, NUM_BLOCKS)
+            sums = sums + add(partial[i * NUM_BLOCKS : (i + 1) * NUM_BLOCKS], term, NUM_BLOCKS)
+        partial = sums[NUM_BLOCKS:]
+        if position >= begin:
+            hidden = zero_unless(segment >= 0, sums, NUM_BLOCKS)
+            store_vectors(hidden_ptr + token * D, hidden, 1, D, BLOCK_D, NUM_BLOCKS)
+
+
+@triton.jit
+def gradients_after(
+    grad_hidden_ptr,
+    position,
+    order_ptr,
+    segment_ptr,
+    num_tokens,
+    seq_length,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    first_feature=0,
+):
+    """∂x of the K − 1 tokens after a position in its segment, 0 where there are less, and the segment."""
+    _, segment = locate(position, order_ptr, segment_ptr, seq_length, HAS_ORDER)
+    later = ()
+    for i in tl.static_range(1, KERNEL_SIZE):
+        token, its_segment = locate(
+            tl.minimum(position + i, num_tokens - 1), order_ptr, segment_ptr, seq_length, HAS_ORDER
+        )
+        gradient = load_vectors(grad_hidden_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS, first_feature)
+        is_read = (position + i < num_tokens) & (its_segment == segment)
+        later = later + zero_unless(is_read, gradient, NUM_BLOCKS)
+    return later, segment
+
+
+@triton.jit
+def convolution_backward_state_kernel(
+    direction_ptr,
+    target_ptr,
+    gate_ptr,
+    keep_ptr,
+    readout_ptr,
+    write_ptr,
+    inv_key_norm_ptr,
+    mixing_ptr,
+    order_ptr,
+    segment_ptr,
+    grad_new_state_ptr,
+    grad_hidden_ptr,
+    grad_state_ptr,
+    grad_direction_ptr,  # without the term in X
+    grad_erased_ptr,  # the weights of that term, `[n]` per token
+    grad_target_ptr,
+    grad_gate_ptr,
+    grad_scalars_ptr,  # per program: [2n] sums of the gradients of kept share and amplitude
+    num_tokens,
+    seq_length,
+    chunk_length,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_GRAD_STATE: tl.constexpr,
+    HAS_WRITE: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    ERASE: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    HAS_AMPLITUDE: tl.constexpr,
+):
+    begin = tl.program_id(0) * chunk_length
+    end = tl.minimum(begin + chunk_length, num_tokens)
+    later, last_segment = gradients_after(
+        grad_hidden_ptr,
+        end - 1,
+        order_ptr,
+        segment_ptr,
+        num_tokens,
+        seq_length,
+        D,
+        BLOCK_D,
+        NUM_BLOCKS,
+        KERNEL_SIZE,
+        HAS_ORDER,
+    )
+    sum_keep = zero_scalars(N)
+    sum_amplitude = zero_scalars(N)
+    for step in range(end - begin):
+        token, segment = locate(end - 1 - step, order_ptr, segment_ptr, seq_length, HAS_ORDER)
+        grad_hidden = load_vectors(grad_hidden_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+        if HAS_GRAD_STATE:
+            grad_state = load_vectors(grad_new_state_ptr + token * (N * D), D, N, D, BLOCK_D, NUM_BLOCKS)
+        else:
+            grad_state = zeros(N * NUM_BLOCKS, BLOCK_D)
+        if HAS_WRITE:
+            direction = load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+            scalars = load_write_scalars(
+                write_ptr, target_ptr, gate_ptr, readout_ptr, inv_key_norm_ptr, token, N, HAS_GATE, ERASE
+            )
+
+        grad_hidden = zero_unless(segment >= 0, grad_hidden, NUM_BLOCKS)
+        later = zero_unless(segment == last_segment, later, (KERNEL_SIZE - 1) * NUM_BLOCKS)
+        last_segment = segment
+        window = grad_hidden + later
+        for i in tl.static_range(KERNEL_SIZE):
+            tap_ptr = mixing_ptr + (KERNEL_SIZE - 1 - i) * (N * D)
+            tap = load_vectors(tap_ptr, D, N, D, BLOCK_D, NUM_BLOCKS)
+            gradient = window[i * NUM_BLOCKS : (i + 1) * NUM_BLOCKS]
+            grad_state = add_products(grad_state, tap, gradient, N, NUM_BLOCKS)
+        later = window[: (KERNEL_SIZE - 1) * NUM_BLOCKS]
+
+        if HAS_WRITE:
+            grad_state, grad_direction, grad_erased, sum_keep, sum_amplitude = write_backward(
+                grad_state,
+                direction,
+                scalars,
+                keep_ptr,
+                grad_target_ptr,
+                grad_gate_ptr,
+                sum_keep,
+                sum_amplitude,
+                token,
+                N,
+                NUM_BLOCKS,
+                HAS_GATE,
+                ERASE,
+                HAS_KEEP,
+                HAS_AMPLITUDE,
+            )
+            if ERASE:
+                store_scalars(grad_erased_ptr + token * N, grad_erased, N)
+            store_vectors(grad_direction_ptr + token * D, grad_direction, 1, D, BLOCK_D, NUM_BLOCKS)
+        store_vectors(grad_state_ptr + token * (N * D), grad_state, N, D, BLOCK_D, NUM_BLOCKS)
+
+    scalars_ptr = grad_scalars_ptr + tl.program_id(0) * (2 * N)
+    store_scalars(scalars_ptr, sum_keep, N)
+    store_scalars(scalars_ptr + N, sum_amplitude, N)
+
+
+@triton.jit
+def convolution_backward_mixing_kernel(
+    snapshot_ptr,
+    replay0_direction_ptr,
+    replay0_write_ptr,
+    replay1_direction_ptr,
+    replay1_write_ptr,
+    replay2_direction_ptr,
+    replay2_write_ptr,
+    direction_ptr,
+    write_ptr,
+    order_ptr,
+    segment_ptr,
+    grad_hidden_ptr,
+    grad_erased_ptr,
+    grad_direction_ptr,  # gets its term in X
+    grad_mixing_ptr,  # per chunk: [K, n, d]
+    num_tokens,
+    seq_length,
+    chunk_length,
+    snapshot_token_stride,
+    snapshot_channel_stride,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    NUM_REPLAYS: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    HAS_WRITE: tl.constexpr,
+    ERASE: tl.constexpr,
+):
+    # What needs no sums over features: a program has one block of them
+    first_feature = tl.program_id(0) * BLOCK_D
+    begin = tl.program_id(1) * chunk_length
+    end = tl.minimum(begin + chunk_length, num_tokens)
+    later, last_segment = gradients_after(
+        grad_hidden_ptr,
+        end - 1,
+        order_ptr,
+        segment_ptr,
+        num_tokens,
+        seq_length,
+        D,
+        BLOCK_D,
+        1,
+        KERNEL_SIZE,
+        HAS_ORDER,
+        first_feature,
+    )
+    sum_mixing = zeros(KERNEL_SIZE * N, BLOCK_D)
+    for step in range(end - begin):
+        token, segment = locate(end - 1 - step, order_ptr, segment_ptr, seq_length, HAS_ORDER)
+        grad_hidden = load_vectors(grad_hidden_ptr + token * D, 0, 1, D, BLOCK_D, 1, first_feature)
+        state = rebuild_state(
+            snapshot_ptr,
+            snapshot_token_stride,
+            snapshot_channel_stride,
+            replay0_direction_ptr,
+            replay0_write_ptr,
+            replay1_direction_ptr,
+            replay1_write_ptr,
+            replay2_direction_ptr,
+            replay2_write_ptr,
+            token,
+            D,
+            N,
+            BLOCK_D,
+            1,
+            NUM_REPLAYS,
+            first_feature,
+        )
+        if HAS_WRITE:
+            if ERASE:
+                grad_direction = load_vectors(grad_direction_ptr + token * D, 0, 1, D, BLOCK_D, 1, first_feature)
+                read = sum_of_multiples(load_scalars(grad_erased_ptr + token * N, N), state, N, 1)
+                grad_direction = add(grad_direction, read, 1)
+                store_vectors(grad_direction_ptr + token * D, grad_direction, 1, D, BLOCK_D, 1, first_feature)
+            state = replay(state, direction_ptr, write_ptr, token, N, D, BLOCK_D, 1, first_feature)
+
+        later = zero_unless(segment == last_segment, later, KERNEL_SIZE - 1)
+        last_segment = segment
+        if HAS_ORDER:
+            grad_hidden = zero_unless(segment >= 0, grad_hidden, 1)
+            state = zero_unless(segment >= 0, state, N)  # which may be infinite
+        window = grad_hidden + later
+        sums = ()
+        for tap in tl.static_range(KERNEL_SIZE):
+            sum_tap = sum_mixing[tap * N : (tap + 1) * N]
+            gradient = window[KERNEL_SIZE - 1 - tap : KERNEL_SIZE - tap]
+            sums = sums + add_products(sum_tap, state, gradient, N, 1)
+        sum_mixing = sums
+        later = window[: KERNEL_SIZE - 1]
+
+    rows_ptr = grad_mixing_ptr + tl.program_id(1) * (KERNEL_SIZE * N * D)
+    store_vectors(rows_ptr, sum_mixing, KERNEL_SIZE * N, D, BLOCK_D, 1, first_feature)
+
+
+def chunks(num_tokens: int, num_programs: int) -> tuple[int, int]:
+    """Number and length of the chunks in which about so many programs walk along the tokens."""
+    chunk_length = triton.cdiv(num_tokens, num_programs)
+    return triton.cdiv(num_tokens, chunk_length), chunk_length
+
+
+# Every operation takes tokens in one dimension, as those of `ops_triton_ddl`, and the mixing `[K, n, d]`. Sequences of
+# `seq_length` follow one another, or else tokens are walked along by `order` `[tokens]`, their indices, and may be read
+# together where `segment` `[tokens]` is the same and not negative.
+
+
+@torch.library.custom_op(f"{NAMESPACE}::convolution", mutates_args=())
+def convolution_op(
+    state: torch.Tensor,
+    direction: torch.Tensor | None,
+    target: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    keep: torch.Tensor | None,
+    amplitude: torch.Tensor | None,
+    mixing: torch.Tensor,
+    order: torch.Tensor | None,
+    segment: torch.Tensor | None,
+    snapshot: torch.Tensor,
+    replays: list[torch.Tensor],
+    seq_length: int,
+    key_eps: float,
+    erase: bool,
+    begins_sublayer: bool,
+) -> list[torch.Tensor]:
+    """Returns new state, x `[tokens, d]` and, for the backward pass, Xᵀk, w and 1/‖k̃‖."""
+    outputs = convolution_outputs(state, direction, begins_sublayer)
+    num_tokens, n, d = state.shape
+    if num_tokens > 0:
+        num_programs, chunk_length = chunks(num_tokens, 6 * num_multiprocessors(state.device))
+        convolution_forward_kernel[(num_programs,)](
+            state, direction, target, gate, keep, amplitude, mixing, order, segment, *outputs,
+            num_tokens, seq_length, chunk_length, state.stride(0), state.stride(1), key_eps,
+            KERNEL_SIZE=mixing.shape[0], HAS_ORDER=order is not None,
+            HAS_WRITE=direction is not None, HAS_GATE=gate is not None, ERASE=erase,
+            HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None, STORE_STATE=begins_sublayer,
+            num_warps=min(max(4, triton.next_power_of_2(triton.cdiv(n * d, 1536))), 32), **vector_sizes(state),
+        )  # fmt: skip
+    return outputs
+
+
+def convolution_outputs(
+    state: torch.Tensor, direction: torch.Tensor | None, begins_sublayer: bool
+) -> list[torch.Tensor]:
+    num_tokens, n, d = state.shape
+    num_writes = 0 if direction is None else num_tokens
+    return [
+        state.new_empty(num_writes if begins_sublayer else 0, n, d),
+        state.new_empty(num_tokens, d),
+        state.new_empty(num_writes, n, dtype=torch.float32),
+        state.new_empty(num_writes, n, dtype=torch.float32),
+        state.new_empty(num_writes, dtype=torch.float32),
+    ]
+
+
+@convolution_op.register_fake
+def _(state, direction, *args):
+    return convolution_outputs(state, direction, begins_sublayer=args[-1])
+
+
+@torch.library.custom_op(f"{NAMESPACE}::convolution_backward", mutates_args=())
+def convolution_backward_op(
+    snapshot: torch.Tensor,
+    replays: list[torch.Tensor],
+    direction: torch.Tensor | None,
+    target: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    keep: torch.Tensor | None,
+    amplitude: torch.Tensor | None,
+    readout: torch.Tensor,
+    write: torch.Tensor,
+    inv_key_norm: torch.Tensor,
+    mixing: torch.Tensor,
+    order: torch.Tensor | None,
+    segment: torch.Tensor | None,
+    grad_new_state: torch.Tensor | None,
+    grad_hidden: torch.Tensor,
+    seq_length: int,
+    erase: bool,
+) -> list[torch.Tensor]:
+    """Returns the gradients of state, direction, target, gate, then in float32 those of mixing and of `[keep, amplitude]`."""
+    num_tokens, n, d = snapshot.shape
+    outputs = convolution_backward_outputs(snapshot, direction, target, gate, mixing)
+    if num_tokens == 0:
+        return [output.zero_() for output in outputs]
+    grad_state, grad_direction, grad_target, grad_gate, *_ = outputs
+    grad_erased = torch.empty_like(readout)
+    sms = num_multiprocessors(snapshot.device)
+    sizes = {"KERNEL_SIZE": mixing.shape[0], "HAS_ORDER": order is not None, "ERASE": erase}
+    sizes |= {"HAS_WRITE": direction is not None, **vector_sizes(snapshot)}
+
+    num_chunks, chunk_length = chunks(num_tokens, 6 * sms)
+    grad_scalars = snapshot.new_empty(num_chunks, 2, n, dtype=torch.float32)
+    convolution_backward_state_kernel[(num_chunks,)](
+        direction, target, gate, keep, readout, write, inv_key_norm, mixing, order, segment,
+        grad_new_state, grad_hidden, grad_state, grad_direction, grad_erased, grad_target, grad_gate, grad_scalars,
+        num_tokens, seq_length, chunk_length,
+        HAS_GRAD_STATE=grad_new_state is not None, HAS_GATE=gate is not None,
+        HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None,
+        num_warps=min(max(4, triton.next_power_of_2(triton.cdiv(n * d, 1536))), 32), **sizes,
+    )  # fmt: skip
+
+    num_blocks = sizes.pop("NUM_BLOCKS")
+    num_chunks, chunk_length = chunks(num_tokens, triton.cdiv(8 * sms, num_blocks))
+    grad_mixing = snapshot.new_empty(num_chunks, *mixing.shape, dtype=torch.float32)
+    convolution_backward_mixing_kernel[(num_blocks, num_chunks)](
+        snapshot, *replays, *[None] * (2 * MAX_REPLAYS - len(replays)), direction, write, order, segment,
+        grad_hidden, grad_erased, grad_direction, grad_mixing,
+        num_tokens, seq_length, chunk_length, snapshot.stride(0), snapshot.stride(1),
+        NUM_REPLAYS=len(replays) // 2, num_warps=4, **sizes,
+    )  # fmt: skip
+    return [grad_state, grad_direction, grad_target, grad_gate, grad_mixing.sum(0), grad_scalars.sum(0)]
+
+
+def convolution_backward_outputs(
+    snapshot: torch.Tensor,
+    direction: torch.Tensor | None,
+    target: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    mixing: torch.Tensor,
+) -> list[torch.Tensor]:
+    return [
+        torch.empty(snapshot.shape, dtype=snapshot.dtype, device=snapshot.device),
+        *(
+            snapshot.new_empty(0) if tensor is None else torch.empty_like(tensor)
+            for tensor in (direction, target, gate)
+        ),
+        torch.empty_like(mixing, dtype=torch.float32),
+        snapshot.new_empty(2, snapshot.shape[1], dtype=torch.float32),
+    ]
+
+
+@convolution_backward_op.register_fake
+def _(snapshot, replays, direction, target, gate, *args):
+    return convolution_backward_outputs(snapshot, direction, target, gate, mixing=args[5])
+
+
+def setup_context(ctx, inputs, output):
+    (
+        _, direction, target, gate, keep, amplitude, mixing, order, segment,
+        snapshot, replays, ctx.seq_length, _, ctx.erase, ctx.begins_sublayer,
+    ) = inputs  # fmt: skip
+    _, _, *saved_outputs = output
+    ctx.mark_non_differentiable(*saved_outputs)
+    ctx.set_materialize_grads(False)
+    ctx.num_replays = len(replays)
+    ctx.save_for_backward(
+        snapshot, *replays, direction, target, gate, keep, amplitude, *saved_outputs, mixing, order, segment
+    )
+
+
+def backward(ctx, grads):
+    grad_new_state, grad_hidden, *_ = grads
+    snapshot, *saved = ctx.saved_tensors
+    replays, saved = saved[: ctx.num_replays], saved[ctx.num_replays :]
+    direction, target, gate, keep, amplitude, *_, mixing, _, _ = saved
+
+    # Gradients are None for outputs that nothing used
+    if grad_hidden is None:
+        grad_hidden = snapshot.new_zeros(snapshot.shape[0], snapshot.shape[2])
+    if grad_new_state is not None:
+        grad_new_state = grad_new_state.contiguous() if direction is not None and ctx.begins_sublayer else None
+
+    grad_state, *grad_write, grad_mixing, (grad_keep, grad_amplitude) = convolution_backward_op(
+        snapshot, replays, *saved, grad_new_state, grad_hidden.contiguous(), ctx.seq_length, ctx.erase
+    )
+    grads = (*grad_write, grad_keep, grad_amplitude, grad_mixing)
+    tensors = (direction, target, gate, keep, amplitude, mixing)
+    return (
+        grad_state,
+        *(None if tensor is None else grad.to(tensor.dtype) for tensor, grad in zip(tensors, grads, strict=True)),
+        None, None, None, [None] * ctx.num_replays, *[None] * 4,
+    )  # fmt: skip
+
+
+convolution_op.register_autograd(backward, setup_context=setup_context)

@@ -10,10 +10,11 @@ import pytest
 import torch
 from conftest import random_tokens, randomise, tiny_config, tiny_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache
+from transformers.masking_utils import find_packed_sequence_indices
 
 from transformers_ddl import DDLForCausalLM
-from transformers_ddl.modeling_ddl import delta_rewrite
+from transformers_ddl.modeling_ddl import DDLTokenCompressor, delta_rewrite
 
 
 pytest.importorskip("triton")
@@ -34,6 +35,14 @@ VARIANTS = {
     "expanded-additive": {"residual_type": "expanded_additive"},
     "anchored": {"value_anchor": 0.5},
     "scalar-anchored": {"num_value_channels": 1, "value_anchor": 1.0},
+    "token": {"compressor": "token"},
+    "token-without-ec": {"compressor": "token", "num_value_channels": 2, "embedding_conv": False},
+    "token-short-kernel": {"compressor": "token", "compressor_kernel_size": 2, "share_compressor": False},
+    "token-linear-value-of-context": {"compressor": "token", "value_activation": None, "value_input": "context"},
+    "token-constant-value": {"compressor": "token", "value_activation": "constant"},
+    "token-write-only": {"compressor": "token", "residual_type": "write_only"},
+    "token-expanded-additive": {"compressor": "token", "residual_type": "expanded_additive"},
+    "token-anchored": {"compressor": "token", "value_anchor": 0.5},
 }
 
 
@@ -43,11 +52,13 @@ def interpreter(monkeypatch):
         monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "1")
 
 
-def run(model, tokens, monkeypatch, kernels):
+def run(model, tokens, monkeypatch, kernels, **kwargs):
     """Logits and gradients, all parameters' and the input embeddings', of a loss with random cotangents."""
     monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", kernels)
     embeddings = model.get_input_embeddings()(tokens).detach().requires_grad_()
-    logits = model(inputs_embeds=embeddings, use_cache=False).logits
+    logits = model(inputs_embeds=embeddings, use_cache=False, **kwargs).logits
+    if "attention_mask" in kwargs:
+        logits = logits[kwargs["attention_mask"].bool()]
     generator = torch.Generator().manual_seed(1)
     cotangent = torch.randn(logits.shape, generator=generator).to(logits)
     model.zero_grad()
@@ -87,6 +98,123 @@ def test_model_with_kernels_is_as_exact_as_without(options, dtype, monkeypatch):
         assert error <= 2 * plain_error + floor, f"{name}: {error:.2e}, without kernels {plain_error:.2e}"
 
 
+LAYOUTS = {
+    "left-padding": {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])},
+    "padding-anywhere": {"attention_mask": torch.tensor([[0, 1, 1, 0, 0, 1, 1], [1, 0, 1, 1, 1, 1, 0]])},
+    "packed": {"position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1], [0, 0, 1, 0, 1, 2, 3]])},
+}
+layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+
+
+@layouts
+def test_token_convolutions_of_padded_and_packed_batches(layout, monkeypatch):
+    torch.manual_seed(0)
+    model = randomise(DDLForCausalLM(tiny_config(compressor="token"))).to(DEVICE)
+    tokens = torch.randint(0, model.config.vocab_size, (2, 7), device=DEVICE)
+    layout = {name: value.to(DEVICE) for name, value in layout.items()}
+    exact = run(copy.deepcopy(model).double(), tokens, monkeypatch, "0", **layout)
+    plain = run(model, tokens, monkeypatch, "0", **layout)
+    fused = run(model, tokens, monkeypatch, "1", **layout)
+    floor = 30 * torch.finfo(torch.float32).eps
+    for name, reference in exact.items():
+        error, plain_error = relative_error(fused[name], reference), relative_error(plain[name], reference)
+        assert error <= 2 * plain_error + floor, f"{name}: {error:.2e}, without kernels {plain_error:.2e}"
+
+
+def test_what_padding_holds_does_not_matter():
+    """Not even to gradients, where it is infinite: it is left out, not multiplied by zeros."""
+    from transformers_ddl.ops_ddl import walk
+    from transformers_ddl.ops_triton_conv import convolution_op
+
+    torch.manual_seed(0)
+    mask = LAYOUTS["padding-anywhere"]["attention_mask"].bool().to(DEVICE)
+    state, cotangent = torch.randn(2, 7, 3, 20, device=DEVICE), torch.randn(14, 20, device=DEVICE)
+    mixing = torch.randn(4, 3, 20, device=DEVICE, requires_grad=True)
+    results = []
+    for padding in (0.0, float("inf")):
+        state[~mask] = padding
+        flat = state.flatten(0, 1)
+        _, hidden, *_ = convolution_op(flat, *[None] * 5, mixing, *walk(mask, None), flat, [], 7, 1e-5, True, True)
+        results.append((hidden, *torch.autograd.grad(hidden, mixing, cotangent)))
+    for value, expected in zip(*results):
+        assert expected.isfinite().all() and torch.equal(value, expected)
+
+
+def convolution(state, direction, target, gate, kernel_size, layout, dtype):
+    """The write and the token convolution after it, and gradients, of the kernels or, in float64, of PyTorch."""
+    from transformers_ddl.ops_ddl import walk
+    from transformers_ddl.ops_triton_conv import convolution_op
+
+    seq_length, n, d = state.shape[1:]
+    generator = torch.Generator().manual_seed(2)
+    maps = [torch.randn(*shape, generator=generator) for shape in ((n, d, kernel_size), (n,))]
+    inputs = [tensor.to(DEVICE, dtype) for tensor in (state, direction)]
+    inputs += [tensor.to(DEVICE, torch.promote_types(dtype, torch.float32)) for tensor in (target, gate, *maps)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    layout = {name: tensor.to(DEVICE) for name, tensor in layout.items()}
+    config = tiny_config(num_value_channels=n, hidden_size=d, compressor="token", compressor_kernel_size=kernel_size)
+    compressor = DDLTokenCompressor(config)
+    del compressor.weight, compressor.read
+    *write, compressor.weight, compressor.read = inputs
+    if dtype == torch.float64:
+        new_state = delta_rewrite(*write, key_eps=1e-5)
+        hidden = compressor(new_state, layer_idx=0, state_idx=0, **layout)
+    else:
+        flat = [tensor.flatten(0, 1) for tensor in write]
+        positions = walk(layout.get("conv_mask"), layout.get("document_ids"))
+        new_state, hidden, *_ = convolution_op(
+            *flat, None, None, compressor.mixing(), *positions, flat[0].detach(), [], seq_length, 1e-5, True, True
+        )
+        new_state, hidden = new_state.view_as(state), hidden.view_as(direction)
+    generator = torch.Generator().manual_seed(3)
+    cotangents = [torch.randn(output.shape, generator=generator).to(output) for output in (new_state, hidden)]
+    return [new_state, hidden, *torch.autograd.grad((new_state, hidden), inputs, cotangents)]
+
+
+CONVOLUTION_NAMES = ["state", "x"] + [f"∂{name}" for name in ["X", "k̃", "v", "β", "kernel", "read"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "seq_length", "n", "d", "kernel_size"),
+    [(2, 11, 4, 20, 4), (1, 1, 2, 8, 3), (3, 2, 3, 130, 8), (2, 6, 8, 33, 1), (1, 5, 5, 300, 2)],
+)
+def test_convolution(batch, seq_length, n, d, kernel_size, dtype):
+    torch.manual_seed(0)
+    state, direction = torch.randn(batch, seq_length, n, d), torch.randn(batch, seq_length, d)
+    target, gate = torch.randn(batch, seq_length, n), 2 * torch.rand(batch, seq_length)
+    args = (state.to(dtype).float(), direction.to(dtype).float(), target, gate, kernel_size, {})
+    # Roundings of outputs and gradients, in bfloat16 by truncation in the interpreter; ∂k̃ is rounded twice
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    for name, value, reference in zip(
+        CONVOLUTION_NAMES, convolution(*args, dtype), convolution(*args, torch.float64), strict=True
+    ):
+        assert relative_error(value, reference) < tolerance, name
+
+
+@pytest.mark.parametrize(
+    ("direction_scale", "gate_value"),
+    [(1e4, 0.7), (1e-6, 0.7), (0.0, 0.7), (1.0, 0.0), (1.0, 2.0), (1.0, 1e-7)],
+    ids=["huge-direction", "tiny-direction", "zero-direction", "gate-0", "gate-2", "gate-nearly-0"],
+)
+@layouts
+def test_convolution_at_extremes(layout, direction_scale, gate_value):
+    torch.manual_seed(0)
+    if "attention_mask" in layout:
+        layout = {"conv_mask": layout["attention_mask"].bool()}
+    else:
+        layout = {"document_ids": find_packed_sequence_indices(layout["position_ids"])}
+    state, direction = torch.randn(2, 7, 3, 33), direction_scale * torch.randn(2, 7, 33)
+    args = (state, direction, torch.randn(2, 7, 3), torch.full((2, 7), gate_value), 4, layout)
+    for name, value, reference in zip(
+        CONVOLUTION_NAMES, convolution(*args, torch.float32), convolution(*args, torch.float64), strict=True
+    ):
+        assert value.isfinite().all(), name
+        torch.testing.assert_close(
+            value.double(), reference, rtol=1e-4, atol=1e-5 * reference.abs().max().clamp(min=1e-30).item(), msg=name
+        )
+
+
 def boundary(state, direction, target, gate, dtype):
     """A boundary of one channel per feature mixing, and its gradients, of the kernel or, in float64, of PyTorch."""
     from transformers_ddl.ops_triton_ddl import VALUE_ACTIVATIONS, boundary_op
@@ -106,7 +234,7 @@ def boundary(state, direction, target, gate, dtype):
         new_gate = 2 * torch.sigmoid(context @ gate_weight + gate_bias)
         outputs = [new_state, context, new_target, new_gate]
     else:
-        options = (1e-5, 1e-5, 4.0, VALUE_ACTIVATIONS["sigmoid"], False, True, True)
+        options = (1e-5, 1e-5, n, 4.0, VALUE_ACTIVATIONS["sigmoid"], False, True, True)
         outputs = boundary_op(*inputs[:4], None, None, *inputs[4:], state, [], *options)[:4]
     generator = torch.Generator().manual_seed(3)
     cotangents = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
@@ -141,6 +269,12 @@ def test_boundary_at_extremes(shape, direction_scale, gate_value):
         )
 
 
+def test_empty_batch_of_convolutions():
+    args = (torch.randn(0, 4, 3, 16), torch.randn(0, 4, 16), torch.randn(0, 4, 3), torch.randn(0, 4), 4, {})
+    for name, value in zip(CONVOLUTION_NAMES, convolution(*args, torch.float32), strict=True):
+        assert value.isfinite().all() and not value.any(), name
+
+
 def test_empty_batch():
     outputs = boundary(torch.randn(0, 4, 16), torch.randn(0, 16), torch.randn(0, 4), torch.randn(0), torch.float32)
     for name, value in zip(NAMES, outputs):
@@ -149,23 +283,48 @@ def test_empty_batch():
 
 def test_operator_registrations():
     """Schema, fake tensors and autograd registration agree with what the operator does (`torch.library.opcheck`)."""
+    from transformers_ddl.ops_ddl import walk
+    from transformers_ddl.ops_triton_conv import convolution_op
     from transformers_ddl.ops_triton_ddl import boundary_op
 
     torch.manual_seed(0)
     state = torch.randn(3, 2, 16, device=DEVICE, requires_grad=True)
     per_token = [torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((3, 16), (3, 2), (3,))]
     maps = [torch.randn(*shape, device=DEVICE) for shape in ((2, 16), (16,), (2, 16), (2,), (16,), (1,))]
-    args = (state, *per_token, None, None, *maps, state.detach(), [], 1e-5, 1e-5, 4.0, 1, False, True, True)
-    torch.library.opcheck(
-        boundary_op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
-    )
+    args = (state, *per_token, None, None, *maps, state.detach(), [], 1e-5, 1e-5, 2, 4.0, 1, False, True, True)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(boundary_op, args, test_utils=checks)
+
+    mixing = torch.randn(4, 2, 16, device=DEVICE, requires_grad=True)
+    for positions in ((None, None), walk(None, torch.tensor([[0, 1, 1]], device=DEVICE))):
+        args = (state, *per_token, None, None, mixing, *positions, state.detach(), [], 3, 1e-5, True, True)
+        torch.library.opcheck(convolution_op, args, test_utils=checks)
 
 
-@pytest.mark.parametrize("how", ["transformers", CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT], ids=str)
-def test_checkpointing_with_kernels(how, monkeypatch):
+def test_compiled_training_with_token_convolutions(monkeypatch):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = randomise(DDLForCausalLM(tiny_config(compressor="token"))).to(DEVICE).train()
+    tokens = torch.randint(0, model.config.vocab_size, (2, 3), device=DEVICE)
+    expected = run(model, tokens, monkeypatch, "1")
+    model.compile(fullgraph=True, backend="aot_eager")
+    for value, reference in zip(run(model, tokens, monkeypatch, "1").values(), expected.values(), strict=True):
+        assert relative_error(value, reference) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("compressor", "how"),
+    [
+        ("channel", "transformers"),
+        ("channel", CheckpointImpl.REENTRANT),
+        ("channel", CheckpointImpl.NO_REENTRANT),
+        ("token", "transformers"),
+    ],
+)
+def test_checkpointing_with_kernels(compressor, how, monkeypatch):
     """A layer that runs again in the backward pass must rebuild the same states, whoever checkpoints it."""
     torch.manual_seed(0)
-    model = randomise(DDLForCausalLM(tiny_config(num_hidden_layers=3))).to(DEVICE).train()
+    model = randomise(DDLForCausalLM(tiny_config(num_hidden_layers=3, compressor=compressor))).to(DEVICE).train()
     tokens = torch.randint(0, model.config.vocab_size, (1, 4), device=DEVICE)
     plain = run(model, tokens, monkeypatch, "1")
     if how == "transformers":
@@ -188,6 +347,15 @@ def test_environment_variable_turns_kernels_off(monkeypatch):
     assert not can_fuse(model.config, state.double(), *modules)
     monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "0")
     assert not can_fuse(model.config, state, *modules)
+
+
+def test_token_convolutions_with_past_inputs_need_the_pytorch_path():
+    from transformers_ddl.ops_ddl import can_fuse
+
+    model = DDLForCausalLM(tiny_config(compressor="token")).model.to(DEVICE)
+    state, modules = torch.zeros(1, 1, 3, 20, device=DEVICE), (model.readout, model.norm, None)
+    assert can_fuse(model.config, state, *modules)
+    assert not can_fuse(model.config, state, *modules, DynamicCache(config=model.config))
 
 
 @pytest.mark.parametrize("change", ["value_proj", "residual", "norm", "compressor", "offload"])

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where the fused kernels of `ops_triton_ddl` stand in for the PyTorch definitions of `modeling_ddl`."""
+"""Where the fused kernels of `ops_triton_ddl` and `ops_triton_conv` stand in for the PyTorch definitions of `modeling_ddl`."""
 
 import os
 
@@ -206,4 +206,4 @@ def walk(
     else:
         order = torch.arange(seq_length, device=layout.device)
         segment = rows * seq_length + document_ids
-    return (rows * seq_length + order).flatten(), segment.flatten()
+    return (rows * seq_length + order).flatten().int(), segment.flatten().int()

@@ -37,7 +37,6 @@ from .ops_triton_ddl import (
     store_scalars,
     store_vectors,
     sum_of_multiples,
-    sum_of_products,
     vector_sizes,
     write_backward,
     write_forward,
@@ -54,7 +53,7 @@ if is_triton_available():
 
 @triton.jit
 def locate(position, order_ptr, segment_ptr, seq_length, HAS_ORDER: tl.constexpr):
-    """The token at a position of the walk and what may be read together: its sequence or document, negative for padding."""
+    """The token at a position of the walk and the segment it may be read with, negative for padding."""
     if HAS_ORDER:
         token = tl.load(order_ptr + position)
         segment = tl.load(segment_ptr + position)
@@ -69,6 +68,18 @@ def zero_unless(condition, values, LENGTH: tl.constexpr):
     results = ()
     for i in tl.static_range(LENGTH):
         results = results + (tl.where(condition, values[i], 0.0),)
+    return results
+
+
+@triton.jit
+def add_sum_of_products(values, left, right, COUNT: tl.constexpr, NUM_BLOCKS: tl.constexpr):
+    """`values + Σ_j left[j] ∘ right[j]`."""
+    results = ()
+    for b in tl.static_range(NUM_BLOCKS):
+        total = values[b]
+        for j in tl.static_range(COUNT):
+            total += left[j * NUM_BLOCKS + b] * right[j * NUM_BLOCKS + b]
+        results = results + (total,)
     return results
 
 
@@ -146,8 +157,9 @@ def convolution_forward_kernel(
         sums = ()
         for i in tl.static_range(KERNEL_SIZE):
             tap_ptr = mixing_ptr + (KERNEL_SIZE - 1 - i) * (N * D)
-            term = sum_of_products(state, load_vectors(tap_ptr, D, N, D, BLOCK_D, NUM_BLOCKS), N, NUM_BLOCKS)
-            sums = sums + add(partial[i * NUM_BLOCKS : (i + 1) * NUM_BLOCKS], term, NUM_BLOCKS)
+            tap = load_vectors(tap_ptr, D, N, D, BLOCK_D, NUM_BLOCKS)
+            known = partial[i * NUM_BLOCKS : (i + 1) * NUM_BLOCKS]
+            sums = sums + add_sum_of_products(known, state, tap, N, NUM_BLOCKS)
         partial = sums[NUM_BLOCKS:]
         if position >= begin:
             hidden = zero_unless(segment >= 0, sums, NUM_BLOCKS)
@@ -177,7 +189,7 @@ def gradients_after(
             tl.minimum(position + i, num_tokens - 1), order_ptr, segment_ptr, seq_length, HAS_ORDER
         )
         gradient = load_vectors(grad_hidden_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS, first_feature)
-        is_read = (position + i < num_tokens) & (its_segment == segment)
+        is_read = (position + i < num_tokens) & (its_segment == segment) & (segment >= 0)
         later = later + zero_unless(is_read, gradient, NUM_BLOCKS)
     return later, segment
 
@@ -384,15 +396,22 @@ def convolution_backward_mixing_kernel(
     store_vectors(rows_ptr, sum_mixing, KERNEL_SIZE * N, D, BLOCK_D, 1, first_feature)
 
 
-def chunks(num_tokens: int, num_programs: int) -> tuple[int, int]:
-    """Number and length of the chunks in which about so many programs walk along the tokens."""
+def chunks(state: torch.Tensor, num_programs: int) -> tuple[int, int]:
+    """Number and length of the chunks of tokens for so many programs, which should all be resident: each has one."""
+    num_tokens = state.shape[0]
     chunk_length = triton.cdiv(num_tokens, num_programs)
     return triton.cdiv(num_tokens, chunk_length), chunk_length
 
 
+def num_warps(state: torch.Tensor) -> int:
+    """For programs that have all features of a token."""
+    _, n, d = state.shape
+    return min(max(4, triton.next_power_of_2(triton.cdiv(n * d, 1536))), 32)
+
+
 # Every operation takes tokens in one dimension, as those of `ops_triton_ddl`, and the mixing `[K, n, d]`. Sequences of
-# `seq_length` follow one another, or else tokens are walked along by `order` `[tokens]`, their indices, and may be read
-# together where `segment` `[tokens]` is the same and not negative.
+# `seq_length` follow one another, or else `order` and `segment`, int32 `[tokens]`, say which token each position of the walk
+# is, and what is read together: positions of the same segment, unless negative.
 
 
 @torch.library.custom_op(f"{NAMESPACE}::convolution", mutates_args=())
@@ -415,16 +434,15 @@ def convolution_op(
 ) -> list[torch.Tensor]:
     """Returns new state, x `[tokens, d]` and, for the backward pass, Xᵀk, w and 1/‖k̃‖."""
     outputs = convolution_outputs(state, direction, begins_sublayer)
-    num_tokens, n, d = state.shape
-    if num_tokens > 0:
-        num_programs, chunk_length = chunks(num_tokens, 6 * num_multiprocessors(state.device))
-        convolution_forward_kernel[(num_programs,)](
+    if state.shape[0] > 0:
+        num_chunks, chunk_length = chunks(state, 4 * num_multiprocessors(state.device))
+        convolution_forward_kernel[(num_chunks,)](
             state, direction, target, gate, keep, amplitude, mixing, order, segment, *outputs,
-            num_tokens, seq_length, chunk_length, state.stride(0), state.stride(1), key_eps,
+            state.shape[0], seq_length, chunk_length, state.stride(0), state.stride(1), key_eps,
             KERNEL_SIZE=mixing.shape[0], HAS_ORDER=order is not None,
             HAS_WRITE=direction is not None, HAS_GATE=gate is not None, ERASE=erase,
             HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None, STORE_STATE=begins_sublayer,
-            num_warps=min(max(4, triton.next_power_of_2(triton.cdiv(n * d, 1536))), 32), **vector_sizes(state),
+            num_warps=num_warps(state), **vector_sizes(state),
         )  # fmt: skip
     return outputs
 
@@ -475,11 +493,15 @@ def convolution_backward_op(
         return [output.zero_() for output in outputs]
     grad_state, grad_direction, grad_target, grad_gate, *_ = outputs
     grad_erased = torch.empty_like(readout)
-    sms = num_multiprocessors(snapshot.device)
-    sizes = {"KERNEL_SIZE": mixing.shape[0], "HAS_ORDER": order is not None, "ERASE": erase}
-    sizes |= {"HAS_WRITE": direction is not None, **vector_sizes(snapshot)}
+    kernel_size = mixing.shape[0]
+    flags = {
+        "KERNEL_SIZE": kernel_size,
+        "HAS_ORDER": order is not None,
+        "HAS_WRITE": direction is not None,
+        "ERASE": erase,
+    }
 
-    num_chunks, chunk_length = chunks(num_tokens, 6 * sms)
+    num_chunks, chunk_length = chunks(snapshot, 4 * num_multiprocessors(snapshot.device))
     grad_scalars = snapshot.new_empty(num_chunks, 2, n, dtype=torch.float32)
     convolution_backward_state_kernel[(num_chunks,)](
         direction, target, gate, keep, readout, write, inv_key_norm, mixing, order, segment,
@@ -487,17 +509,19 @@ def convolution_backward_op(
         num_tokens, seq_length, chunk_length,
         HAS_GRAD_STATE=grad_new_state is not None, HAS_GATE=gate is not None,
         HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None,
-        num_warps=min(max(4, triton.next_power_of_2(triton.cdiv(n * d, 1536))), 32), **sizes,
+        num_warps=num_warps(snapshot), **vector_sizes(snapshot), **flags,
     )  # fmt: skip
 
-    num_blocks = sizes.pop("NUM_BLOCKS")
-    num_chunks, chunk_length = chunks(num_tokens, triton.cdiv(8 * sms, num_blocks))
+    # The sums of K · n parameters for each feature are kept in registers: at most 64 of a thread
+    sizes = vector_sizes(snapshot, largest_block=256)
+    num_blocks, num_sums = sizes.pop("NUM_BLOCKS"), kernel_size * n * sizes["BLOCK_D"]
+    num_chunks, chunk_length = chunks(snapshot, triton.cdiv(6 * num_multiprocessors(snapshot.device), num_blocks))
     grad_mixing = snapshot.new_empty(num_chunks, *mixing.shape, dtype=torch.float32)
     convolution_backward_mixing_kernel[(num_blocks, num_chunks)](
         snapshot, *replays, *[None] * (2 * MAX_REPLAYS - len(replays)), direction, write, order, segment,
         grad_hidden, grad_erased, grad_direction, grad_mixing,
         num_tokens, seq_length, chunk_length, snapshot.stride(0), snapshot.stride(1),
-        NUM_REPLAYS=len(replays) // 2, num_warps=4, **sizes,
+        NUM_REPLAYS=len(replays) // 2, num_warps=min(max(2, triton.next_power_of_2(num_sums // 2048)), 32), **sizes, **flags,
     )  # fmt: skip
     return [grad_state, grad_direction, grad_target, grad_gate, grad_mixing.sum(0), grad_scalars.sum(0)]
 

@@ -708,11 +708,12 @@ MAX_REPLAYS = 3
 VALUE_ACTIVATIONS = {None: 0, "sigmoid": 1, "constant": 2}
 
 
-def vector_sizes(state: torch.Tensor) -> dict[str, int]:
+def vector_sizes(state: torch.Tensor, largest_block: int = 512) -> dict[str, int]:
     """Compile-time sizes for `state` `[tokens, n, d]`."""
     _, n, d = state.shape
     # The largest block that wastes least
-    block_d = min((512, 256, 128), key=lambda block: (triton.cdiv(d, block) * block, -block))
+    blocks = (largest_block, largest_block // 2, 128)
+    block_d = min(blocks, key=lambda block: (triton.cdiv(d, block) * block, -block))
     return {"D": d, "N": n, "BLOCK_D": block_d, "NUM_BLOCKS": triton.cdiv(d, block_d)}
 
 
@@ -735,10 +736,10 @@ def launch_options(state: torch.Tensor, num_values: int, backward: bool) -> tupl
 
 
 # Every operation takes tokens in one dimension: state `[tokens, n, d]`, direction and context `[tokens, d]`, target
-# `[tokens, n]`, gate `[tokens]`, keep and amplitude `[n]`, the next target `[tokens, num_values]`. `direction` is None where there is no write before, target and gate,
-# keep, amplitude where the write has none, and the maps of gate and value where no gated sublayer begins. The readout needs
-# no new state (`begins_sublayer`). The backward pass rebuilds the state from `snapshot`, an earlier state, and `replays`,
-# direction and w of each write since.
+# `[tokens, n]`, gate `[tokens]`, keep and amplitude `[n]`, the new target `[tokens, num_values]`. `direction` is None where
+# there is no write before, target and gate, keep, amplitude where the write has none, and the maps of gate and value where
+# no gated sublayer begins. The readout needs no new state (`begins_sublayer`). The backward pass rebuilds the state from
+# `snapshot`, an earlier state, and `replays`, direction and w of each write since.
 
 
 @torch.library.custom_op(f"{NAMESPACE}::boundary", mutates_args=())
@@ -846,7 +847,8 @@ def boundary_backward_op(
 ) -> list[torch.Tensor]:
     """
     Returns the gradients of state, direction, target and gate, then in float32 those of mixing, value map, norm weight
-    and gate map as the rows of `[n + values + 2, d]` and of value bias, gate bias, keep and amplitude as `[2n + values + 1]`.
+    and gate map as the rows of `[n + num_values + 2, d]` and of value bias, gate bias, keep and amplitude as
+    `[2n + num_values + 1]`.
     """
     num_tokens, n, d = snapshot.shape
     outputs = boundary_backward_outputs(snapshot, direction, target, gate, num_values)
@@ -934,11 +936,10 @@ def backward(ctx, grads):
         None if tensor is None else grad for tensor, grad in zip((direction, target, gate), grad_write, strict=True)
     ]
     num_values = ctx.options[0]
-    grad_mixing, grad_value_weight, grad_norm_weight, grad_gate_weight = rows.split([n, num_values, 1, 1])
-    grad_value_bias, grad_gate_bias, grad_keep, grad_amplitude = scalars.split([num_values, 1, n, n])
+    *grad_matrices, grad_norm_weight, grad_gate_weight = rows.split([n, num_values, 1, 1])
     parameter_grads = (
-        grad_mixing, grad_value_weight, grad_norm_weight[0], grad_gate_weight[0],
-        grad_value_bias, grad_gate_bias, grad_keep, grad_amplitude,
+        *grad_matrices, grad_norm_weight.squeeze(0), grad_gate_weight.squeeze(0),
+        *scalars.split([num_values, 1, n, n]),
     )  # fmt: skip
     (
         grad_mixing, grad_value_weight, grad_norm_weight, grad_gate_weight,

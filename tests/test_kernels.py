@@ -36,11 +36,19 @@ VARIANTS = {
     "anchored": {"value_anchor": 0.5},
     "scalar-anchored": {"num_value_channels": 1, "value_anchor": 1.0},
     "token": {"compressor": "token"},
-    "token-without-ec": {"compressor": "token", "num_value_channels": 2, "embedding_conv": False},
-    "token-short-kernel": {"compressor": "token", "compressor_kernel_size": 2, "share_compressor": False},
+    "token-short-kernel-without-ec": {
+        "compressor": "token",
+        "num_value_channels": 2,
+        "compressor_kernel_size": 2,
+        "share_compressor": False,
+        "embedding_conv": False,
+    },
     "token-linear-value-of-context": {"compressor": "token", "value_activation": None, "value_input": "context"},
-    "token-constant-value": {"compressor": "token", "value_activation": "constant"},
-    "token-write-only": {"compressor": "token", "residual_type": "write_only"},
+    "token-constant-write": {
+        "compressor": "token",
+        "residual_type": "write_only",
+        "value_activation": "constant",
+    },
     "token-expanded-additive": {"compressor": "token", "residual_type": "expanded_additive"},
     "token-anchored": {"compressor": "token", "value_anchor": 0.5},
 }

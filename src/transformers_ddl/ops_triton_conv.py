@@ -403,10 +403,14 @@ def chunks(state: torch.Tensor, num_programs: int) -> tuple[int, int]:
     return triton.cdiv(num_tokens, chunk_length), chunk_length
 
 
-def num_warps(state: torch.Tensor) -> int:
-    """For programs that have all features of a token."""
+def launch_options(state: torch.Tensor, kernel_size: int) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and sizes for programs that have all features of a token, which keep (n + K) d numbers in registers."""
     _, n, d = state.shape
-    return min(max(4, triton.next_power_of_2(triton.cdiv(n * d, 1536))), 32)
+    num_warps = min(max(4, triton.next_power_of_2(triton.cdiv((n + kernel_size) * d, 1536))), 16)
+    # 128 registers for each of 512 threads on a multiprocessor
+    num_chunks, chunk_length = chunks(state, 16 // num_warps * num_multiprocessors(state.device))
+    sizes = vector_sizes(state, largest_block=128 * num_warps)
+    return (num_chunks,), {**sizes, "KERNEL_SIZE": kernel_size, "chunk_length": chunk_length, "num_warps": num_warps}
 
 
 # Every operation takes tokens in one dimension, as those of `ops_triton_ddl`, and the mixing `[K, n, d]`. Sequences of
@@ -435,14 +439,13 @@ def convolution_op(
     """Returns new state, x `[tokens, d]` and, for the backward pass, Xᵀk, w and 1/‖k̃‖."""
     outputs = convolution_outputs(state, direction, begins_sublayer)
     if state.shape[0] > 0:
-        num_chunks, chunk_length = chunks(state, 4 * num_multiprocessors(state.device))
-        convolution_forward_kernel[(num_chunks,)](
+        grid, sizes = launch_options(state, mixing.shape[0])
+        convolution_forward_kernel[grid](
             state, direction, target, gate, keep, amplitude, mixing, order, segment, *outputs,
-            state.shape[0], seq_length, chunk_length, state.stride(0), state.stride(1), key_eps,
-            KERNEL_SIZE=mixing.shape[0], HAS_ORDER=order is not None,
-            HAS_WRITE=direction is not None, HAS_GATE=gate is not None, ERASE=erase,
+            state.shape[0], seq_length, state_token_stride=state.stride(0), state_channel_stride=state.stride(1),
+            key_eps=key_eps, HAS_ORDER=order is not None, HAS_WRITE=direction is not None, HAS_GATE=gate is not None, ERASE=erase,
             HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None, STORE_STATE=begins_sublayer,
-            num_warps=num_warps(state), **vector_sizes(state),
+            **sizes,
         )  # fmt: skip
     return outputs
 
@@ -494,25 +497,18 @@ def convolution_backward_op(
     grad_state, grad_direction, grad_target, grad_gate, *_ = outputs
     grad_erased = torch.empty_like(readout)
     kernel_size = mixing.shape[0]
-    flags = {
-        "KERNEL_SIZE": kernel_size,
-        "HAS_ORDER": order is not None,
-        "HAS_WRITE": direction is not None,
-        "ERASE": erase,
-    }
+    flags = {"HAS_ORDER": order is not None, "HAS_WRITE": direction is not None, "ERASE": erase}
 
-    num_chunks, chunk_length = chunks(snapshot, 4 * num_multiprocessors(snapshot.device))
-    grad_scalars = snapshot.new_empty(num_chunks, 2, n, dtype=torch.float32)
-    convolution_backward_state_kernel[(num_chunks,)](
+    grid, sizes = launch_options(snapshot, kernel_size)
+    grad_scalars = snapshot.new_empty(*grid, 2, n, dtype=torch.float32)
+    convolution_backward_state_kernel[grid](
         direction, target, gate, keep, readout, write, inv_key_norm, mixing, order, segment,
         grad_new_state, grad_hidden, grad_state, grad_direction, grad_erased, grad_target, grad_gate, grad_scalars,
-        num_tokens, seq_length, chunk_length,
-        HAS_GRAD_STATE=grad_new_state is not None, HAS_GATE=gate is not None,
-        HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None,
-        num_warps=num_warps(snapshot), **vector_sizes(snapshot), **flags,
+        num_tokens, seq_length, HAS_GRAD_STATE=grad_new_state is not None, HAS_GATE=gate is not None,
+        HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None, **sizes, **flags,
     )  # fmt: skip
 
-    # The sums of K · n parameters for each feature are kept in registers: at most 64 of a thread
+    # A program keeps the sums of K n parameters for each of its features in registers: at most 64 of a thread
     sizes = vector_sizes(snapshot, largest_block=256)
     num_blocks, num_sums = sizes.pop("NUM_BLOCKS"), kernel_size * n * sizes["BLOCK_D"]
     num_chunks, chunk_length = chunks(snapshot, triton.cdiv(6 * num_multiprocessors(snapshot.device), num_blocks))
@@ -521,7 +517,8 @@ def convolution_backward_op(
         snapshot, *replays, *[None] * (2 * MAX_REPLAYS - len(replays)), direction, write, order, segment,
         grad_hidden, grad_erased, grad_direction, grad_mixing,
         num_tokens, seq_length, chunk_length, snapshot.stride(0), snapshot.stride(1),
-        NUM_REPLAYS=len(replays) // 2, num_warps=min(max(2, triton.next_power_of_2(num_sums // 2048)), 32), **sizes, **flags,
+        KERNEL_SIZE=kernel_size, NUM_REPLAYS=len(replays) // 2,
+        num_warps=min(max(2, triton.next_power_of_2(num_sums // 2048)), 32), **sizes, **flags,
     )  # fmt: skip
     return [grad_state, grad_direction, grad_target, grad_gate, grad_mixing.sum(0), grad_scalars.sum(0)]
 

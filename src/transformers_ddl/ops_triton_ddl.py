@@ -712,7 +712,7 @@ def vector_sizes(state: torch.Tensor, largest_block: int = 512) -> dict[str, int
     """Compile-time sizes for `state` `[tokens, n, d]`."""
     _, n, d = state.shape
     # The largest block that wastes least
-    blocks = (largest_block, largest_block // 2, 128)
+    blocks = (2**i for i in range(7, largest_block.bit_length()))
     block_d = min(blocks, key=lambda block: (triton.cdiv(d, block) * block, -block))
     return {"D": d, "N": n, "BLOCK_D": block_d, "NUM_BLOCKS": triton.cdiv(d, block_d)}
 

@@ -132,7 +132,7 @@ def test_token_convolutions_of_padded_and_packed_batches(layout, monkeypatch):
 def test_what_padding_holds_does_not_matter():
     """Not even to gradients, where it is infinite: it is left out, not multiplied by zeros."""
     from transformers_ddl.ops_ddl import walk
-    from transformers_ddl.ops_triton_conv import convolution_op
+    from transformers_ddl.ops_triton_conv_ddl import convolution_op
 
     torch.manual_seed(0)
     mask = LAYOUTS["padding-anywhere"]["attention_mask"].bool().to(DEVICE)
@@ -151,7 +151,7 @@ def test_what_padding_holds_does_not_matter():
 def convolution(state, direction, target, gate, kernel_size, layout, dtype):
     """The write and the token convolution after it, and gradients, of the kernels or, in float64, of PyTorch."""
     from transformers_ddl.ops_ddl import walk
-    from transformers_ddl.ops_triton_conv import convolution_op
+    from transformers_ddl.ops_triton_conv_ddl import convolution_op
 
     seq_length, n, d = state.shape[1:]
     generator = torch.Generator().manual_seed(2)
@@ -292,7 +292,7 @@ def test_empty_batch():
 def test_operator_registrations():
     """Schema, fake tensors and autograd registration agree with what the operator does (`torch.library.opcheck`)."""
     from transformers_ddl.ops_ddl import walk
-    from transformers_ddl.ops_triton_conv import convolution_op
+    from transformers_ddl.ops_triton_conv_ddl import convolution_op
     from transformers_ddl.ops_triton_ddl import boundary_op
 
     torch.manual_seed(0)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where the fused kernels of `ops_triton_ddl` and `ops_triton_conv` stand in for the PyTorch definitions of `modeling_ddl`."""
+"""Where the fused kernels of `ops_triton_ddl` and `ops_triton_conv_ddl` stand in for the PyTorch definitions of `modeling_ddl`."""
 
 import os
 
@@ -35,7 +35,7 @@ def load_kernels():
     ahead of a `Trainer` that asks for it.
     """
     if TRITON_AVAILABLE and torch.cuda.is_available():
-        from .ops_triton_conv import convolution_op  # noqa: F401
+        from .ops_triton_conv_ddl import convolution_op  # noqa: F401
         from .ops_triton_ddl import boundary_op  # noqa: F401
     if TRITON_AVAILABLE and is_liger_kernel_available():
         from .liger_ddl import apply_liger_kernel_to_ddl  # noqa: F401
@@ -146,7 +146,7 @@ def fused_boundary(
         begins_sublayer,
     )
     if config.compressor == "token":
-        from .ops_triton_conv import convolution_op
+        from .ops_triton_conv_ddl import convolution_op
 
         order, segment = walk(conv_mask, document_ids)
         new_state, hidden_states, _, written, _ = convolution_op(

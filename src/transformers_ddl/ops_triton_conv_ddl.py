@@ -34,6 +34,7 @@ from .ops_triton_ddl import (
     num_multiprocessors,
     rebuild_state,
     replay,
+    rounded,
     store_scalars,
     store_vectors,
     sum_of_multiples,
@@ -148,6 +149,8 @@ def convolution_forward_kernel(
                 HAS_KEEP,
                 HAS_AMPLITUDE,
             )
+            if HAS_KEEP:  # a converted Llama reads what the Llama would
+                state = rounded(state, new_state_ptr, N * NUM_BLOCKS)
             if STORE_STATE:
                 if position >= begin:
                     store_vectors(new_state_ptr + token * (N * D), state, N, D, BLOCK_D, NUM_BLOCKS)

@@ -30,7 +30,14 @@ from transformers.utils.import_utils import is_triton_available
 import transformers_ddl
 
 
-CODE = ["configuration_ddl.py", "liger_ddl.py", "modeling_ddl.py", "ops_ddl.py", "ops_triton_conv_ddl.py", "ops_triton_ddl.py"]
+CODE = [
+    "configuration_ddl.py",
+    "liger_ddl.py",
+    "modeling_ddl.py",
+    "ops_ddl.py",
+    "ops_triton_conv_ddl.py",
+    "ops_triton_ddl.py",
+]
 CHECKPOINTS = {
     "scalar": "DDLForCausalLM",
     "cc": "DDLForCausalLM",

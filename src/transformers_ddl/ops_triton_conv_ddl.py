@@ -514,7 +514,9 @@ def convolution_backward_op(
     # A program keeps the sums of K n parameters for each of its features in registers: at most 64 of a thread
     sizes = vector_sizes(snapshot, largest_block=256)
     num_blocks, num_sums = sizes.pop("NUM_BLOCKS"), kernel_size * n * sizes["BLOCK_D"]
-    num_chunks, chunk_length = chunks(snapshot, triton.cdiv(6 * num_multiprocessors(snapshot.device), num_blocks))
+    programs_per_sm = 8 if len(replays) <= 2 else 6  # with 128 registers a thread and 154
+    num_programs = programs_per_sm * num_multiprocessors(snapshot.device)
+    num_chunks, chunk_length = chunks(snapshot, triton.cdiv(num_programs, num_blocks))
     grad_mixing = snapshot.new_empty(num_chunks, *mixing.shape, dtype=torch.float32)
     convolution_backward_mixing_kernel[(num_blocks, num_chunks)](
         snapshot, *replays, *[None] * (2 * MAX_REPLAYS - len(replays)), direction, write, order, segment,

@@ -726,9 +726,12 @@ def launch_options(state: torch.Tensor, num_values: int, backward: bool) -> tupl
     """Grid and compile-time sizes for `state` `[tokens, n, d]`, as measured best on an H200 (`benchmarks/NOTES.md`)."""
     num_tokens, n, d = state.shape
     if backward:
-        # Few programs, as each keeps the sums of the parameters' gradients in registers: at most 80 of a thread
-        num_rows = n + num_values + 2
-        num_warps, programs_per_sm = max(4, triton.next_power_of_2(num_rows * d // 2560)), 2 if n > 2 else 4
+        # Each program keeps the sums of the parameters' gradients in registers: at most 80 of a thread. There are as many as
+        # are resident at a time, since a second round would take as long as the first
+        num_sums = (n + num_values + 2) * d
+        num_warps = max(2 if num_sums <= 4096 else 4, triton.next_power_of_2(num_sums // 2560))
+        resident_warps = 8 if n > 2 else 12 if num_values == n else 20
+        programs_per_sm = max(1, resident_warps // num_warps)
     else:
         num_warps, programs_per_sm = max(2, triton.next_power_of_2(triton.cdiv(n * d, 1536))), 32
     sizes = {**vector_sizes(state), "NUM_VALUES": num_values, "num_warps": min(num_warps, 32)}

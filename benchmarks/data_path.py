@@ -81,7 +81,7 @@ def measure(run: Run, interval: int, bare_steps: int) -> dict:
     run.model.use_cache = False  # as Trainer does
     model = DDLForCausalLM(run.model).to(DEVICE).train()
     tokens = torch.randint(run.model.vocab_size, (batch_size, block_size), device=DEVICE)
-    step = training_step(model, tokens, run.training.torch_compile)
+    step = training_step(model, tokens, run.training.torch_compile, run.training.max_grad_norm)
 
     def bare_milliseconds() -> float:
         for _ in range(5):

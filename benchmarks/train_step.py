@@ -37,8 +37,13 @@ WARMUP = 5
 LOSS_ALONE = {"rope": False, "rms_norm": False, "swiglu": False}
 
 
-def training_step(model: torch.nn.Module, tokens: torch.Tensor, compiled: bool) -> Callable[[], torch.Tensor]:
-    """A function that makes a step (forward under bf16 autocast on a GPU, backward, fused AdamW) and returns its loss."""
+def training_step(
+    model: torch.nn.Module, tokens: torch.Tensor, compiled: bool, max_grad_norm: float | None = None
+) -> Callable[[], torch.Tensor]:
+    """
+    A function that makes a step (forward under bf16 autocast on a GPU, backward, clipping if there is a norm to clip to, fused
+    AdamW) and returns its loss.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model) if compiled else model
 
@@ -46,6 +51,8 @@ def training_step(model: torch.nn.Module, tokens: torch.Tensor, compiled: bool) 
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=tokens.is_cuda):
             loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         return loss

@@ -29,6 +29,8 @@ import torch
 from common import DEVICE, MODELS, SIZES, add_ratios, build, free_memory, now, report
 from transformers.integrations.liger import apply_liger_kernel
 
+from transformers_ddl import DDLForCausalLM
+
 
 # Sequences, and tokens in each of them
 BATCHES = {"toy": (2, 32), "quickstart": (4, 256), "small": (32, 1024), "medium": (16, 1024)}
@@ -46,10 +48,11 @@ def training_step(
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model) if compiled else model
+    options = {"skip_logits": True} if isinstance(model, DDLForCausalLM) else {}  # as `DDLTrainer`
 
     def step():
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=tokens.is_cuda):
-            loss = forward(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss = forward(input_ids=tokens, labels=tokens, use_cache=False, **options).loss
         loss.backward()
         if max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)

@@ -62,9 +62,9 @@ def synchronize():
 
 
 def now() -> float:
-    """Seconds, when the device has done all its work."""
+    """Seconds, when the device has done all its work; on a CPU those of this process, whatever else runs there."""
     synchronize()
-    return time.perf_counter()
+    return time.perf_counter() if DEVICE == "cuda" else time.process_time()
 
 
 def free_memory():

@@ -108,7 +108,8 @@ def test_offloading_by_a_device_map(variant, tmp_path):
 @variants
 def test_export(variant):
     """A program made on the GPU, for lengths other than the one that it was made from, padding included."""
-    model, tokens = gpu_model(variant), random_tokens(2, 9).cuda()
+    # torch 2.11's attention fixes the length if it has to pad the heads
+    model, tokens = gpu_model(variant, hidden_size=64, head_dim=16), random_tokens(2, 9).cuda()
     sequence = {1: torch.export.Dim("sequence", min=2, max=64)}
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0

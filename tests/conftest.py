@@ -17,6 +17,9 @@ import os
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Several threads only wait for each other in models this small: one is ten times as fast. Read when torch is imported, by the
+# processes that tests start too: other numbers of threads round otherwise
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -28,9 +31,6 @@ if not torch.cuda.is_available():
 
 from transformers_ddl import DDLConfig, DDLForCausalLM
 
-
-# Several threads only wait for each other in models this small: one is ten times as fast
-torch.set_num_threads(1)
 
 # The models of the paper, separate compressors for the two sublayers of a layer, the controls of the specification.
 # n = 3 and the other sizes below differ from each other, so that no two dimensions can be mistaken for one another.

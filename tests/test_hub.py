@@ -35,7 +35,14 @@ from transformers_ddl.cli import main
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CODE = {"configuration_ddl.py", "liger_ddl.py", "modeling_ddl.py", "ops_ddl.py", "ops_triton_ddl.py"}
+CODE = {
+    "configuration_ddl.py",
+    "liger_ddl.py",
+    "modeling_ddl.py",
+    "ops_ddl.py",
+    "ops_triton_conv_ddl.py",
+    "ops_triton_ddl.py",
+}
 MODEL = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", *CODE}
 SETTINGS = {
     "data": {"source": "corpus.txt", "held_out": 0.2},

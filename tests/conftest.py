@@ -23,11 +23,16 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from transformers.utils.import_utils import is_triton_available
 
 
 # Triton's interpreter runs the kernels where there is no GPU; it is chosen when Triton is imported
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if is_triton_available():
+        from interpreter import accelerate_interpreter
+
+        accelerate_interpreter()
 
 from transformers_ddl import DDLConfig, DDLForCausalLM
 

@@ -21,7 +21,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 from transformers_ddl import DDLForCausalLM
 from transformers_ddl.settings import Run, read_settings
 from transformers_ddl.tokenization import load_tokenizer, train_tokenizer
-from transformers_ddl.training import pretrain, set_vocabulary
+from transformers_ddl.training import RESULTS_FILE, pretrain, set_vocabulary
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -35,10 +35,6 @@ def now() -> float:
     return time.perf_counter()
 
 
-class Measured(Exception):
-    """Ends a run before it is evaluated and saved."""
-
-
 class Stopwatch(TrainerCallback):
     def __init__(self, interval: int):
         self.interval = interval
@@ -47,8 +43,6 @@ class Stopwatch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.interval == 0:
             self.times.append(now())
-        if state.global_step == args.max_steps:
-            raise Measured
 
 
 def read_run(residual: str, args: argparse.Namespace, overrides: list[str]) -> Run:
@@ -95,10 +89,7 @@ def measure(run: Run, interval: int, bare_steps: int) -> dict:
     stopwatch = Stopwatch(interval)
     DEFAULT_CALLBACKS[:] = [DefaultFlowCallback, stopwatch]
     start = now()
-    try:
-        pretrain(run)
-    except Measured:
-        pass
+    pretrain(run)
     gc.collect()
     after = bare_milliseconds()
 
@@ -114,6 +105,7 @@ def measure(run: Run, interval: int, bare_steps: int) -> dict:
         "bare_tokens_per_second": batch_size * block_size / bare * 1e3,
         "trainer_tokens_per_second": batch_size * block_size / trainer * 1e3,
         "share_lost": 1 - bare / trainer,
+        "evaluation": json.loads(Path(run.training.output_dir, RESULTS_FILE).read_text(encoding="utf-8")),
     }
 
 
@@ -124,7 +116,7 @@ def main():
     parser.add_argument("text", help="Parquet file with a column `text`")
     parser.add_argument("--residuals", nargs="+", default=["additive", "scalar", "cc"])
     parser.add_argument("--streaming", action="store_true", help="tokenise while training, as the recipe does")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument(
         "--interval", type=int, default=50, help="steps between two looks at the clock, of which the first starts it"
     )
@@ -141,16 +133,17 @@ def main():
         "transformers": transformers.__version__,
         "streaming": args.streaming,
         "steps": args.steps,
-        "results": {},
     }
+    results = {}
     for residual in args.residuals:
-        result = measure(read_run(residual, args, overrides), args.interval, args.bare_steps)
-        report["results"][residual] = result
-        (args.output_dir / f"{'streaming' if args.streaming else 'packed'}.json").write_text(
-            json.dumps(report, indent=1)
+        run = read_run(residual, args, overrides)
+        results[residual] = measure(run, args.interval, args.bare_steps)
+        Path(f"{run.training.output_dir}.json").write_text(
+            json.dumps(report | {"residual": residual, "overrides": overrides} | results[residual], indent=1) + "\n",
+            encoding="utf-8",
         )
     print(f"{'':10s} {'bare':>11s} {'Trainer':>11s}   tokens/s {'':10s} lost")
-    for residual, result in report["results"].items():
+    for residual, result in results.items():
         print(
             f"{residual:10s} {result['bare_milliseconds']:8.2f} ms {result['trainer_milliseconds']:8.2f} ms "
             f"{result['bare_tokens_per_second']:10,.0f} {result['trainer_tokens_per_second']:10,.0f} {result['share_lost']:7.2%}"

@@ -46,6 +46,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
@@ -67,6 +68,20 @@ CONVERSIONS = {
 # than it has to be
 ALL_ATTENTION_FUNCTIONS.register("unmasked_sdpa", sdpa_attention_forward)
 ALL_MASK_ATTENTION_FUNCTIONS.register("unmasked_sdpa", lambda *args, **kwargs: None)
+
+# Three architectures, in training and in evaluation, and a Llama again when other models have been made
+torch._dynamo.config.recompile_limit = 32
+
+
+class LogitlessLlamaForCausalLM(LlamaForCausalLM):
+    """
+    A Llama that leaves out logits where DDL models do: Accelerate would turn them into float32, and be timed at it. The name
+    of its class ends like those by which transformers knows that the loss shifts labels.
+    """
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, skip_logits: bool = False, **kwargs):
+        outputs = super().forward(input_ids=input_ids, labels=labels, **kwargs)
+        return CausalLMOutputWithPast(loss=outputs.loss) if skip_logits else outputs
 
 
 class TimedTrainer(ResumableTrainer):
@@ -125,17 +140,17 @@ class Benchmark:
 
     # Models
 
-    def pretrained(self, seed: int) -> LlamaForCausalLM:
+    def pretrained(self, seed: int) -> LogitlessLlamaForCausalLM:
         """The Llama to continue, from its folder if a call before this one has pretrained it."""
         folder = self.output / f"llama-{digest(json.dumps([self.settings, seed]).encode())}"
         if not folder.exists():
             set_seed(seed)
-            model = self.compiled("llama", LlamaForCausalLM(self.llama_config))
+            model = self.compiled("llama", LogitlessLlamaForCausalLM(self.llama_config))
             lr, steps = self.options.pretrain_lr, self.options.pretrain_steps
-            self.record("pretrained", seed, lr, "tokens", self.train(model, lr, steps, seed, first_step=0))
+            self.record("pretrained", seed, lr, "tokens", self.train_compiled(model, lr, steps, seed, first_step=0))
             model.save_pretrained(folder.with_suffix(".unfinished"))
             folder.with_suffix(".unfinished").rename(folder)
-        return LlamaForCausalLM.from_pretrained(folder, attn_implementation="unmasked_sdpa")
+        return LogitlessLlamaForCausalLM.from_pretrained(folder, attn_implementation="unmasked_sdpa")
 
     @cached_property
     def llama_config(self) -> LlamaConfig:
@@ -148,29 +163,30 @@ class Benchmark:
         )
 
     def compiled(self, architecture: str, model: PreTrainedModel) -> PreTrainedModel:
-        """The model of an architecture that Trainer has compiled, with the parameters of the given one."""
-        if architecture not in self.models:
-            self.check_time()
-            start = time.monotonic()
+        """The model of an architecture that is compiled, with the parameters of the given one."""
+        if architecture in self.models:
+            self.models[architecture].load_state_dict(model.state_dict())
+        else:
             self.models[architecture] = model
             if self.grid.training.get("compile", True):
                 model.compile(dynamic=False)
-                self.train(model, lr=0.0, steps=2, seed=0, first_step=0)  # changes no parameter
-                print(f"{architecture}: compiled in {time.monotonic() - start:.0f} s", flush=True)
-        else:
-            self.models[architecture].load_state_dict(model.state_dict())
         return self.models[architecture]
 
     # Runs
 
-    def check_time(self):
-        if time.monotonic() > self.deadline:
-            raise OutOfTime
+    def train_compiled(
+        self, model: PreTrainedModel, lr: float, steps: int, seed: int, first_step: int, *args
+    ) -> TimedTrainer:
+        """As `train`, with what is to be compiled, even once more, compiled before."""
+        self.train(model, 0.0, 2, seed, first_step)  # changes no parameter
+        return self.train(model, lr, steps, seed, first_step, *args)
 
     def train(
         self, model: PreTrainedModel, lr: float, steps: int, seed: int, first_step: int, callbacks: list | None = None
     ) -> TimedTrainer:
-        """Trains a model on the batches of a seed from `first_step` on."""
+        """Trains a model on the batches of a seed from `first_step` on, unless time is up."""
+        if time.monotonic() > self.deadline:
+            raise OutOfTime
         order = self.train_blocks.order((first_step + steps) * self.batch_size, seed)[first_step * self.batch_size :]
         arguments = TrainingArguments(
             self.output / "trainer",
@@ -260,8 +276,7 @@ class Benchmark:
             if annealed_share is not None:
                 callbacks.append(AnchorAnnealingCallback(round(annealed_share * steps)))
         model = self.compiled(architecture, model)
-        self.check_time()
-        trainer = self.train(model, lr, steps, seed, self.options.pretrain_steps, callbacks)
+        trainer = self.train_compiled(model, lr, steps, seed, self.options.pretrain_steps, callbacks)
         return self.record(arm, seed, lr, budget, trainer)
 
     def run(self):

@@ -50,7 +50,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from transformers_ddl.comparison import TokenBlocks, environment, prepare_tokens
+from transformers_ddl.comparison import PADDING, TokenBlocks, environment, prepare_tokens
 from transformers_ddl.comparison_grid import Grid, digest
 from transformers_ddl.conversion import AnchorAnnealingCallback, convert_llama
 from transformers_ddl.trainer import ResumableTrainer
@@ -107,8 +107,8 @@ def now() -> float:
 
 
 def collate(blocks: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    input_ids = torch.stack(blocks)
-    return {"input_ids": input_ids, "labels": input_ids}
+    tokens = torch.stack(blocks)
+    return {"input_ids": tokens.clamp(min=0), "labels": tokens.masked_fill(tokens == PADDING, -100)}
 
 
 class OutOfTime(Exception):
@@ -272,6 +272,7 @@ class Benchmark:
         steps, callbacks, architecture, model = steps or self.options.steps, [], arm, self.pretrained(seed)
         if arm != "llama":
             conversion, annealed_share = CONVERSIONS[arm]
+            set_seed(seed)  # what the Llama has not starts at random
             architecture, model = json.dumps(conversion), convert_llama(model, **conversion)
             if annealed_share is not None:
                 callbacks.append(AnchorAnnealingCallback(round(annealed_share * steps)))

@@ -1,0 +1,75 @@
+# Copyright 2026 The transformers_ddl team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The benchmark of converted Llamas compares what it says, and goes on where it was interrupted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import yaml
+
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def test_converted_llamas(tmp_path):
+    for name, numbers in (("train", range(300)), ("validation", range(300, 360))):
+        texts = [f"{i} green bottles, hanging on the wall, and {i * i % 97} of them fall." for i in numbers]
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / f"{name}.parquet")
+    grid = yaml.safe_load((REPOSITORY / "configs/compare/toy.yaml").read_text())
+    grid |= {"output": str(tmp_path / "tokens"), "seeds": [1, 2]}
+    grid["data"]["vocab_size"] = 280
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+
+    def benchmark() -> list[dict]:
+        subprocess.run(
+            [
+                *(sys.executable, REPOSITORY / "benchmarks/convert_llama.py", "--grid", tmp_path / "grid.yaml"),
+                *("--data", tmp_path, "--output", tmp_path / "out", "--pretrain-steps", "4", "--steps", "8"),
+                *("--lrs", "1e-3", "2e-3", "--arms", "scalar", "cc_annealed"),
+            ],
+            check=True,
+        )
+        return [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+
+    results = benchmark()
+    # For each seed, the Llama before and after, and arms for as many tokens and seconds; other learning rates with one
+    assert len({result["id"] for result in results}) == len(results) == 2 * (1 + 1 + 2 + 2) + 3
+    pretrained = {result["seed"]: result["loss"] for result in results if result["arm"] == "pretrained"}
+    for result in results:
+        if result["arm"] != "pretrained":
+            # The same function, in bfloat16, of which the loss is taken in the same way
+            assert result["curve"][0]["loss"] == pytest.approx(pretrained[result["seed"]], abs=1e-3)
+            assert result["steps"] == 8 or result["budget"] == "seconds"
+
+    # Killed before its last lines
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out" / "results.jsonl").write_text("".join(lines[:-3]))
+    continued = benchmark()
+    assert continued[:-3] == results[:-3]
+    for before, after in zip(results[-3:], continued[-3:]):
+        assert before["id"] == after["id"]
+        if before["steps"] == after["steps"]:  # as the speeds of other runs had it
+            assert before["loss"] == after["loss"]
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert [(row["arm"], row["budget"], len(row["seeds"])) for row in rows] == [
+        ("llama", "tokens", 2),
+        ("scalar", "tokens", 2),
+        ("cc_annealed", "tokens", 2),
+        ("scalar", "seconds", 2),
+        ("cc_annealed", "seconds", 2),
+    ]

@@ -89,6 +89,8 @@ class ResumableTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.args.logging_nan_inf_filter = False  # would log the mean of the finite losses
         self.args.include_num_input_tokens_seen = "all"
+        # Or copying a batch would wait for the step before, and the device for the next step's launches
+        self.accelerator.dataloader_config.non_blocking = self.args.dataloader_pin_memory
         self.flops_per_token = training_flops(self.model)
         self.last_log = None  # time in seconds, tokens seen, FLOPs
         sharding = "no sharding"

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from conftest import random_tokens, randomise, tiny_config, tiny_model
+from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from transformers import CompileConfig, DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
@@ -309,15 +310,26 @@ def test_operator_registrations():
         torch.library.opcheck(convolution_op, args, test_utils=checks)
 
 
-def test_compiled_training_with_token_convolutions(monkeypatch):
+@pytest.mark.parametrize(
+    "options", [{"num_value_channels": 1}, {"num_value_channels": 2}, {"compressor": "token"}], ids=str
+)
+def test_compiled_training(options, monkeypatch):
     torch.compiler.reset()
     torch.manual_seed(0)
-    model = randomise(DDLForCausalLM(tiny_config(compressor="token"))).to(DEVICE).train()
+    model = randomise(DDLForCausalLM(tiny_config(**options))).to(DEVICE).train()
     tokens = torch.randint(0, model.config.vocab_size, (2, 3), device=DEVICE)
     expected = run(model, tokens, monkeypatch, "1")
-    model.compile(fullgraph=True, backend="aot_eager")
+    operations = []
+
+    def backend(program, inputs):
+        operations.extend(str(node.target) for node in program.graph.nodes if node.op == "call_function")
+        return aot_eager(program, inputs)
+
+    model.compile(fullgraph=True, backend=backend)
     for value, reference in zip(run(model, tokens, monkeypatch, "1").values(), expected.values(), strict=True):
         assert relative_error(value, reference) < 1e-5
+    boundaries = 2 * model.config.num_hidden_layers + 1
+    assert sum("boundary" in operation for operation in operations) == boundaries
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_ddl import DDLConfig
-from .ops_ddl import can_fuse, fused_boundary, load_kernels
+from .ops_ddl import can_fuse, fused_boundary, is_exporting, load_kernels
 
 
 def upcast(tensor: torch.Tensor) -> torch.Tensor:
@@ -860,7 +860,7 @@ class DDLModel(DDLPreTrainedModel):
                 raise ValueError("past_key_values has no room for convolutions, make it with `config=model.config`")
             # A program made with an empty static cache keeps the keys and values that it finds there, but nothing else
             is_empty = isinstance(past_key_values, StaticCache) and not past_key_values.has_previous_state(0)
-            if is_empty and torch.compiler.is_exporting():
+            if is_empty and is_exporting():
                 raise ValueError(
                     "torch.export would lose the inputs of convolutions, which an empty static cache does not have; "
                     "allowed: use_cache=False, or a model without convolutions over tokens"

@@ -41,6 +41,12 @@ def load_kernels():
         from .liger_ddl import apply_liger_kernel_to_ddl  # noqa: F401
 
 
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Whether `torch.export` is at work. In programs of `torch.compile`, torch 2.11 takes its own function to be True."""
+    return torch.compiler.is_exporting()
+
+
 def can_fuse(
     config: PreTrainedConfig,
     state: torch.Tensor,
@@ -60,7 +66,7 @@ def can_fuse(
     kernels = os.environ.get("TRANSFORMERS_DDL_KERNELS", "auto")
     if kernels == "0" or not TRITON_AVAILABLE or not (state.is_cuda or kernels == "1"):
         return False
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return False
     if config.residual_type not in ("delta", "write_only", "expanded_additive"):
         return False

@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 from pyarrow.parquet import read_table
 from train_step import training_step
 from transformers import DefaultFlowCallback, TrainerCallback
 from transformers.trainer import DEFAULT_CALLBACKS
 
 from transformers_ddl import DDLForCausalLM
+from transformers_ddl.comparison import environment
 from transformers_ddl.settings import Run, read_settings
 from transformers_ddl.tokenization import load_tokenizer, train_tokenizer
 from transformers_ddl.training import RESULTS_FILE, pretrain, set_vocabulary
@@ -127,13 +127,7 @@ def main():
     if not (args.output_dir / "tokenizer").exists():
         texts = read_table(args.text, columns=["text"]).column("text").to_pylist()
         train_tokenizer(texts[::8], vocab_size=50257).save_pretrained(args.output_dir / "tokenizer")
-    report = {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "streaming": args.streaming,
-        "steps": args.steps,
-    }
+    report = environment() | {"streaming": args.streaming, "steps": args.steps}
     results = {}
     for residual in args.residuals:
         run = read_run(residual, args, overrides)

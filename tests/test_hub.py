@@ -312,6 +312,17 @@ def test_dropped_connection(online, folder, capsys, monkeypatch):
     assert online.files("user/dropped")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
 
+def test_reason_of_a_failed_upload_to_xet(online, folder, capsys, monkeypatch):
+    """Xet, which the Hub on loopback does not speak, raises errors that have no cause."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("Data processing error: CAS service error")
+
+    monkeypatch.setattr(HfApi, "create_commit", fail)
+    error = fails(capsys, folder, "user/xet")
+    assert error.endswith("to user/xet: Data processing error: CAS service error; `transformers-ddl push` tries again")
+
+
 def test_card_that_only_the_hub_refuses(online, folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "model")
     card = tmp_path / "model" / "README.md"

@@ -126,8 +126,8 @@ def push(folder: Path, repo_id: str, private: bool = False, revision: str | None
         # `upload_folder` may split what it uploads into several commits
         commit = hub.create_commit(repo_id, additions + stale, commit_message="Upload model", revision=revision)
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        # Only a `RuntimeError` leaves the reason to its cause
-        reason = f"{error} {error.__cause__}" if isinstance(error, RuntimeError) else error
+        # Uploads over HTTP that fail raise a `RuntimeError` that leaves the reason to its cause, those to Xet one without
+        reason = f"{error} {error.__cause__}" if isinstance(error, RuntimeError) and error.__cause__ else error
         raise RunError(f"cannot push {folder} to {repo_id}: {reason}; `transformers-ddl push` tries again") from error
     print(f"pushed: {commit.commit_url}")
 

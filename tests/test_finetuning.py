@@ -465,10 +465,11 @@ def test_dry_run(workplace, capsys, settings, options):
     options = (*options, "--training.output_dir", "dry", "--training.save_strategy", "epoch")
     options += ("--training.max_steps", "-1", "--training.num_train_epochs", "2")
     before = {*Path().rglob("*")}
-    assert main(["finetune", settings, *options, "--dry-run"]) == 0
+    to_hub = ("--training.push_to_hub", "true", "--training.hub_model_id", "user/dry")
+    assert main(["finetune", settings, *options, *to_hub, "--dry-run"]) == 0
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if ": " in line)
     assert {*Path().rglob("*")} == before
-    assert lines["output"] == str(Path("dry").resolve())
+    assert (lines["output"], lines["hub"]) == (str(Path("dry").resolve()), "user/dry")
     assert "GiB for activations" in lines["memory"]
 
     assert main(["finetune", settings, *options]) == 0

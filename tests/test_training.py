@@ -242,8 +242,10 @@ def test_dry_run(workplace, capsys):
     assert "memory: " in with_steps and " GiB for activations" in with_steps
     assert f"steps: 4 of 8 sequences of {BLOCK_SIZE} tokens" in with_steps
     assert f"tokens: {4 * 8 * BLOCK_SIZE:,}, for {4 * 8 * BLOCK_SIZE * flops:.3g} FLOPs" in with_steps
-    assert f"output: {workplace / 'out'}" in with_steps
+    assert f"output: {workplace / 'out'}" in with_steps and "hub: " not in with_steps
 
+    assert pretrain("--dry-run", "--training.push_to_hub", "true") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "hub: out"
     assert pretrain("--dry-run", "--training.max_steps", "-1", "--training.num_train_epochs", "2") == 0
     steps = int(re.search(r"steps: (\d+) of 4", capsys.readouterr().out)[1])
     overrides = ("--training.max_steps", "-1", "--training.num_train_epochs", "2", "--training.save_strategy", "epoch")

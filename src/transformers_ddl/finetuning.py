@@ -132,11 +132,11 @@ def describe(run: FinetuningRun) -> str:
     Raises:
         `InputError`: if the model, the data or the training arguments cannot be used.
     """
-    output_dir = run.training.output_dir
+    output_dir, push_to_hub = run.training.output_dir, run.training.push_to_hub
     run.training.push_to_hub = False
     with TemporaryDirectory() as run.training.output_dir:  # Trainer makes the folder
         trainer, _ = prepare(run)
-    run.training.output_dir = output_dir
+    run.training.output_dir, run.training.push_to_hub = output_dir, push_to_hub
     lengths = [len(tokens) for tokens in trainer.train_dataset["input_ids"]]
     return describe_costs(
         run,

@@ -239,6 +239,7 @@ def describe_costs(
     activations = args.train_batch_size * activation_bytes(
         config, max_length, torch.bfloat16 if args.bf16 else None, args.gradient_checkpointing
     )
+    repository = args.hub_model_id or Path(args.output_dir).resolve().name
     return "\n".join(
         (
             f"parameters: {sum(parameters.values()):,} ("
@@ -252,6 +253,7 @@ def describe_costs(
             f"steps: {steps:,} of {batch_size:,} sequences of {mean_length:,} tokens",
             f"tokens: {tokens:,}, for {flops * tokens:.3g} FLOPs",
             f"output: {Path(args.output_dir).resolve()}",
+            *([f"hub: {repository}"] if args.push_to_hub else []),
         )
     )
 

@@ -358,6 +358,13 @@ def test_static_cache_compiled(variant, padded):
         assert torch.equal(compiled[row, 6 - len(expected) + 8 :], expected)
 
 
+@conv_variants
+def test_quantised_cache_refuses_convolutions(variant):
+    """Transformers quantises keys and values only."""
+    with pytest.raises(ValueError, match="hybrid"):
+        generate(tiny_model(variant), random_tokens(BATCH, 5), cache_implementation="quantized")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("cache_implementation", ["offloaded", "offloaded_static"])
 @variants

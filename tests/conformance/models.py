@@ -19,6 +19,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from tests.distributed_testing_utils import _start_rank_processes
 from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_fsdp_mixin import FSDPTesterMixin
@@ -39,6 +40,8 @@ import transformers_ddl
 # The distributed tests are expensive: transformers runs them for some model types only
 patch("tests.test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES", None).start()
 patch("tests.test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES", None).start()
+# Those of older versions start processes themselves, which then also may abort when they end
+patch("torch.multiprocessing.spawn", _start_rank_processes).start()
 
 # The tests tell heads from one another by the tables of the models that come with transformers
 modeling_auto.MODEL_MAPPING_NAMES["ddl"] = "DDLModel"

@@ -6,7 +6,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing import spawn
 
 
 def run_distributed(world_size):
@@ -38,7 +38,7 @@ def _run_rank(rank, world_size, port, function, args):
 
 
 def _start_rank_processes(function, args, nprocs):
-    mp.spawn(_run_and_exit, args=(function, args), nprocs=nprocs)
+    spawn(_run_and_exit, args=(function, args), nprocs=nprocs)
 
 
 def _run_and_exit(rank, function, args):

@@ -357,6 +357,10 @@ def test_runs_are_reproducible(workplace):
         (["--training.optim", "magic"], "training: magic is not a valid OptimizerNames"),
         (["--training.report_to", "abacus"], "training: abacus is not supported"),
         (["--model.max_position_embeddings", "1"], "model.max_position_embeddings: 1 leaves no token to predict"),
+        (
+            ["--data.packing", "documents", "--model.attn_implementation", "flash_attention_2"],
+            "model.attn_implementation: 'flash_attention_2' would not keep documents apart, as data.packing says;",
+        ),
         # Command line
         (["--dry-run", "hidden_size", "8"], "unknown argument 'hidden_size'; allowed: --section.field value"),
         (["--hidden_size", "8"], "unknown argument '--hidden_size'; allowed: --section.field value"),

@@ -212,6 +212,13 @@ class Run(CheckedSettings):
             )
         if sections["data"].streaming and sections["training"].max_steps < 1:
             raise InputError("training.max_steps: missing; with data.streaming, a run must say it")
+        attention = sections["model"]._attn_implementation
+        if sections["data"].packing == "documents" and "flash" in (attention or ""):
+            # Transformers recognises packed documents there only in batches of one sequence
+            raise InputError(
+                f"model.attn_implementation: {attention!r} would not keep documents apart, as data.packing says; "
+                "allowed: sdpa, eager or flex_attention"
+            )
         return sections
 
 

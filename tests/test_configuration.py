@@ -220,7 +220,7 @@ OUT_OF_RANGE = [
     *[("num_hidden_layers", 0), ("num_attention_heads", 0), ("num_key_value_heads", 0), ("num_key_value_heads", 4)],
     *[("head_dim", 0), ("head_dim", 7)],
     *[("attention_dropout", value) for value in (-0.1, 1.5)],
-    ("hidden_act", "swiglu"),
+    *[("hidden_act", "swiglu"), ("dtype", "float17"), ("dtype", "load")],
 ]
 
 

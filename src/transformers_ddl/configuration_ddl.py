@@ -20,6 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig
 from transformers.activations import ACT2FN
@@ -182,6 +183,8 @@ class DDLConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown_options(kwargs)
+        if isinstance(self.dtype, str) and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype must be the name of one of torch's, got {self.dtype!r}")
 
         self._check_positive("hidden_size", "num_attention_heads")
         if self.intermediate_size is None:

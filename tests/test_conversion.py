@@ -167,6 +167,8 @@ REFUSED_OPTIONS = [
     ("scalar", "first", {"rope_ratio": 1.5}, "rope_ratio=1.5"),
     ("scalar", "first", {"rope_ratio": float("inf")}, "rope_ratio=inf"),
     ("scalar", "first", {"ddl_k_eps": True}, "ddl_k_eps=True"),
+    ("scalar", "first", {"ddl_beta_init": float("nan")}, "ddl_beta_init=nan"),
+    ("scalar", "first", {"ddl_v_sigmoid": "false"}, "ddl_v_sigmoid='false'"),
     ("scalar", "first", {"rope_base": "10k"}, "rope_base='10k'"),
     ("scalar", "first", {"ddl_beta_init": [1.0]}, "ddl_beta_init="),
     ("scalar", "first", {"num_attention_heads": 9}, "num_attention_heads is 9"),
@@ -560,6 +562,27 @@ def test_llamas_of_several_dtypes():
     model.model.norm.float()
     with pytest.raises(ValueError, match="but model.norm.weight of torch.float32; allowed: one dtype"):
         convert_llama(model)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"dtype": "float17"}, "'torch' has no attribute 'float17'"),
+        ({"num_attention_heads": 0}, "modulo by zero"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "Missing required keys"),
+        ({"model_type": "new"}, "model type `new`"),
+    ],
+    ids=str,
+)
+def test_configurations_that_cannot_be_read(fields, message, tmp_path, capsys):
+    make_llama().save_pretrained(tmp_path / "llama")
+    config = tmp_path / "llama" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
+    assert convert("llama", tmp_path / "llama", tmp_path / "ours") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        error.startswith(f"error: {tmp_path / 'llama'} has no configuration that can be read: ") and message in error
+    )
 
 
 @pytest.mark.parametrize("problem", ["missing", "unexpected", "mismatched"])

@@ -19,6 +19,7 @@ code, `transformers-ddl convert llama MODEL OUT` for Llamas.
 import argparse
 import copy
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -114,6 +115,15 @@ OFFICIAL_NUMBERS = (
     "ddl_v_sigmoid_scale",
     "ddl_v_constant_value",
     "ddl_v_dim1_constant_value",
+)
+OFFICIAL_SWITCHES = (
+    "use_qk_rmsnorm",
+    "mup",
+    "ddl_beta_single_linear",
+    "ddl_v_sigmoid",
+    "ddl_v_constant",
+    "ddl_v_dim1_constant",
+    "ddl_state_dv_shortconv_causal",
 )
 # Values of the authors' `parameterization` that scale the residual branches and the logits, those that scale the logits (as
 # `mup` did in their first release; other values change nothing), and those that they themselves refuse
@@ -214,8 +224,11 @@ def _official_config(
         if options.get(name) not in neutral:
             raise ValueError(f"{name}={options[name]!r} cannot be converted; allowed: {neutral[-1]!r}")
     for name in OFFICIAL_NUMBERS:
-        if type(options.get(name, 0)) not in (int, float):
+        if type(options.get(name, 0)) not in (int, float) or not math.isfinite(options.get(name, 0)):
             raise ValueError(f"{name}={options[name]!r} cannot be converted; allowed: a number")
+    for name in OFFICIAL_SWITCHES:
+        if options.get(name, False) not in (False, True):
+            raise ValueError(f"{name}={options[name]!r} cannot be converted; allowed: true, false")
 
     layer = "model.layers.0."
     for name in ("model.embed_tokens.weight", f"{layer}self_attn.q_proj.weight", f"{layer}mlp.gate_proj.weight"):
@@ -465,7 +478,11 @@ def convert_llama(model_or_path: PreTrainedModel | str | Path, **ddl_options) ->
             )
         state_dict = {name: parameter.clone() for name, parameter in llama.state_dict().items()}
     else:
-        config = _llama_config(AutoConfig.from_pretrained(model_or_path), ddl_options)
+        try:
+            llama_config = AutoConfig.from_pretrained(model_or_path, trust_remote_code=False)
+        except Exception as error:  # whatever values lead transformers to
+            raise ValueError(f"{model_or_path} has no configuration that can be read: {error}") from error
+        config = _llama_config(llama_config, ddl_options)
         llama, info = AutoModelForCausalLM.from_pretrained(
             model_or_path, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True
         )

@@ -149,6 +149,17 @@ def test_when_there_are_logits():
     assert model(batch["input_ids"]).logits is not None
 
 
+def test_labels_of_other_positions_are_refused():
+    """As they are by the loss from logits: Liger would take the first labels for the last positions."""
+    model = with_liger(tiny_model("scalar").to(DEVICE), **LOSS_ONLY).train()
+    tokens = random_tokens(2, 9).to(DEVICE)
+    with pytest.raises(ValueError, match="labels"):
+        model(tokens, labels=tokens, logits_to_keep=4)
+    loss = model(tokens, labels=tokens[:, -4:], logits_to_keep=4).loss
+    expected = model(tokens, labels=tokens[:, -4:], logits_to_keep=4, skip_logits=False).loss
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("targets", [["lm_head"], ["q_proj"]])
 def test_adapters(targets):
     """A head that is wrapped takes part in the loss; one that is frozen gets no gradient."""

@@ -140,6 +140,9 @@ def causal_lm_loss(
     Args:
         hidden_states (`[batch, sequence, hidden_size]`): What the head would be applied to.
         weight (`[vocabulary, hidden_size]`): Of the head.
+
+    Raises:
+        `ValueError`: unless there is a label for each of the hidden states.
     """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -151,6 +154,11 @@ def causal_lm_loss(
         dtype = torch.get_autocast_dtype(device_type)
         hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
     hidden_states = hidden_states.flatten(0, -2)
+    if len(shift_labels) != len(hidden_states):
+        raise ValueError(
+            f"labels must be those of the positions in logits_to_keep, of which there are {len(hidden_states)}, "
+            f"got {len(shift_labels)} labels"
+        )
     with_grad = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
     loss, _, _ = linear_cross_entropy(
         hidden_states, weight, shift_labels, ignore_index, with_grad, weight.requires_grad

@@ -358,6 +358,23 @@ def test_checkpointing_with_kernels(compressor, how, monkeypatch):
         assert relative_error(value, expected) < 1e-5
 
 
+def test_only_a_backward_pass_holds_earlier_states():
+    """Neither inference nor what checkpoints store, which is all that goes into a layer."""
+    model = randomise(DDLForCausalLM(tiny_config())).to(DEVICE).train()
+    tokens = torch.randint(0, model.config.vocab_size, (1, 4), device=DEVICE)
+    histories = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda layer, args, outputs: histories.append(outputs[2]))
+    model(tokens)
+    assert all(histories)
+    histories.clear()
+    with torch.no_grad():
+        model(tokens)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model(tokens)
+    assert histories == 2 * model.config.num_hidden_layers * [()]
+
+
 def test_environment_variable_turns_kernels_off(monkeypatch):
     from transformers_ddl.ops_ddl import can_fuse
 

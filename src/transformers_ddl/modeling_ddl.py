@@ -647,9 +647,6 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
         read from it, `[batch, sequence, hidden_size]` (its entry in `hidden_states`; None unless these are asked for),
         `history`, and its own last write.
         """
-        # Checkpointing stores what goes into a layer: the state alone is enough
-        if self.gradient_checkpointing and self.training:
-            history = ()
         read_kwargs = {
             "output_hidden_states": output_hidden_states,
             "layer_idx": self.layer_idx,
@@ -695,6 +692,9 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
         # What is read may be a view of the state, of which FSDP2 warns when a layer returns it
         if not output_hidden_states:
             layer_input = None
+        # Checkpointing stores what goes into the next layer: the state alone is enough
+        if self.gradient_checkpointing and self.training:
+            history = ()
         return state, layer_input, history, self.mlp(context), *weights
 
 

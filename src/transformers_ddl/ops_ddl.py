@@ -185,6 +185,8 @@ def fused_boundary(
         new_state = state
     else:
         history = (*history, direction.detach(), written)
+    if not torch.is_grad_enabled():  # or earlier states would stay in memory
+        history = ()
     if heads is not None:
         weights = (new_target.unflatten(0, batch_shape), new_gate.unflatten(0, batch_shape).unsqueeze(-1))
         if config.value_anchor is not None:

@@ -17,7 +17,7 @@ import copy
 
 import pytest
 import torch
-from conftest import VARIANTS, random_tokens, tiny_model
+from conftest import VARIANTS, all_gradients, random_tokens, tiny_model
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM
 
@@ -103,6 +103,20 @@ def test_offloading_by_a_device_map(variant, tmp_path):
     with torch.no_grad():
         near(loaded(tokens).logits, model(tokens).logits)
     assert torch.equal(loaded.generate(tokens, **GENERATE), model.generate(tokens, **GENERATE))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@variants
+def test_on_another_gpu_than_the_current_one(variant):
+    """Where the layers of a `device_map` may lie; Triton would launch on the current one."""
+    model, tokens = gpu_model(variant), random_tokens(2, 9).cuda()
+    other, other_tokens = copy.deepcopy(model).to("cuda:1"), tokens.to("cuda:1")
+    loss = other(other_tokens, labels=other_tokens, use_cache=False).loss
+    expected = model(tokens, labels=tokens, use_cache=False).loss
+    near(loss.cuda(), expected)
+    gradients = all_gradients(loss, other)
+    for name, gradient in all_gradients(expected, model).items():
+        near(gradients[name].cuda(), gradient)
 
 
 @variants

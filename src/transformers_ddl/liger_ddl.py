@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 from transformers.utils.import_utils import is_liger_kernel_available
 
-from .ops_triton_ddl import NAMESPACE
+from .ops_triton_ddl import NAMESPACE, on_its_device
 
 
 # Always true here, see `ops_triton_ddl`
@@ -69,6 +69,7 @@ MODEL_TYPE_TO_APPLY_LIGER_FN["ddl"] = apply_liger_kernel_to_ddl
 
 # Liger's own autograd function cannot be compiled as part of a model. It waits for the device, which CUDA graphs cannot.
 @torch.library.custom_op(f"{NAMESPACE}::linear_cross_entropy", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@on_its_device
 def linear_cross_entropy(
     hidden_states: torch.Tensor,
     weight: torch.Tensor,

@@ -32,6 +32,7 @@ from .ops_triton_ddl import (
     load_vectors,
     load_write_scalars,
     num_multiprocessors,
+    on_its_device,
     rebuild_state,
     replay,
     rounded,
@@ -422,6 +423,7 @@ def launch_options(state: torch.Tensor, kernel_size: int) -> tuple[tuple[int], d
 
 
 @torch.library.custom_op(f"{NAMESPACE}::convolution", mutates_args=())
+@on_its_device
 def convolution_op(
     state: torch.Tensor,
     direction: torch.Tensor | None,
@@ -473,6 +475,7 @@ def _(state, direction, *args):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::convolution_backward", mutates_args=())
+@on_its_device
 def convolution_backward_op(
     snapshot: torch.Tensor,
     replays: list[torch.Tensor],

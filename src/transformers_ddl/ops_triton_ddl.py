@@ -24,7 +24,9 @@ Notation of the kernels, per token (d the hidden size, n the number of value cha
     beginning one.
 """
 
+import functools
 import re
+from collections.abc import Callable
 
 import torch
 from transformers.utils.import_utils import is_triton_available
@@ -738,6 +740,17 @@ def launch_options(state: torch.Tensor, num_values: int, backward: bool) -> tupl
     return (min(num_multiprocessors(state.device) * programs_per_sm, num_tokens),), sizes
 
 
+def on_its_device(operation: Callable) -> Callable:
+    """The operation on the device of its first argument: Triton launches on the current one, which may be another GPU."""
+
+    @functools.wraps(operation)
+    def launch(tensor: torch.Tensor, *args):
+        with torch.cuda.device_of(tensor):
+            return operation(tensor, *args)
+
+    return launch
+
+
 # Every operation takes tokens in one dimension: state `[tokens, n, d]`, direction and context `[tokens, d]`, target
 # `[tokens, n]`, gate `[tokens]`, keep and amplitude `[n]`, the new target `[tokens, num_values]`. `direction` is None where
 # there is no write before, target and gate, keep, amplitude where the write has none, and the maps of gate and value where
@@ -746,6 +759,7 @@ def launch_options(state: torch.Tensor, num_values: int, backward: bool) -> tupl
 
 
 @torch.library.custom_op(f"{NAMESPACE}::boundary", mutates_args=())
+@on_its_device
 def boundary_op(
     state: torch.Tensor,
     direction: torch.Tensor | None,
@@ -820,6 +834,7 @@ def _(state, direction, *args):
 
 
 @torch.library.custom_op(f"{NAMESPACE}::boundary_backward", mutates_args=())
+@on_its_device
 def boundary_backward_op(
     snapshot: torch.Tensor,
     replays: list[torch.Tensor],

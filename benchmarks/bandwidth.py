@@ -14,7 +14,8 @@
 """
 Achieved bandwidth of the fused boundary kernels, as share of a device copy's in the same run: medians of replayed CUDA graphs.
 Bytes counted are those of the state and of vectors of the hidden size, once each: forward reads X and k̃ and writes X' and c;
-backward reads X, G, k̃ and ∂c and writes ∂X and ∂k̃, and reads one k̃ more for each write from which it rebuilds X.
+backward reads X, G, k̃ and ∂c and writes ∂X and ∂k̃, and reads one k̃ more for each write from which it rebuilds X. Compression
+over tokens takes more than one kernel each way, between which 2 vectors more move forward, and 7 backward.
 
     python benchmarks/bandwidth.py --output outputs/bandwidth.json
     TRITON_INTERPRET=1 TRANSFORMERS_DDL_KERNELS=1 python benchmarks/bandwidth.py --channels 1 4 --sizes 32 --tokens 8 --dtype float32
@@ -68,9 +69,16 @@ def copy_bandwidth(dtype: torch.dtype, num_bytes: int) -> float:
     return 2 * num_bytes / seconds(lambda: target.copy_(source))
 
 
-def measure(n: int, d: int, num_tokens: int, dtype: torch.dtype) -> list[dict]:
+def measure(compressor: str | None, n: int, d: int, num_tokens: int, dtype: torch.dtype) -> list[dict]:
     torch.manual_seed(0)
-    config = DDLConfig(vocab_size=1, hidden_size=d, num_attention_heads=1, num_value_channels=n, num_hidden_layers=1)
+    config = DDLConfig(
+        vocab_size=1,
+        hidden_size=d,
+        num_attention_heads=1,
+        num_value_channels=n,
+        num_hidden_layers=1,
+        compressor=compressor,
+    )
     layer = DDLDecoderLayer(config, 0).to(DEVICE)
     modules = (layer.post_attention_layernorm, layer.mlp_residual)
     for parameter in layer.parameters():
@@ -88,7 +96,8 @@ def measure(n: int, d: int, num_tokens: int, dtype: torch.dtype) -> list[dict]:
     with torch.no_grad():
         forward = seconds(lambda: fused_boundary(config, state, write, mixing, *modules, ()))
     state_bytes, vector_bytes = state.nbytes, write[0].nbytes
-    measured = [("forward", forward, 2 * state_bytes + 2 * vector_bytes)]
+    between, between_backward = (2, 7) if compressor == "token" else (0, 0)
+    measured = [("forward", forward, 2 * state_bytes + (2 + between) * vector_bytes)]
 
     inputs = [tensor for tensor in (state, *write, mixing) if tensor is not None]
     inputs += [parameter for module in modules for parameter in module.parameters()]
@@ -101,9 +110,10 @@ def measure(n: int, d: int, num_tokens: int, dtype: torch.dtype) -> list[dict]:
         cotangents = [torch.randn_like(output) for output in outputs]
         backward = seconds(lambda: torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True))  # noqa: B023
         name = f"backward, {replays} replayed"
-        measured.append((name, backward, 3 * state_bytes + (3 + replays) * vector_bytes))
+        measured.append((name, backward, 3 * state_bytes + (3 + between_backward + replays) * vector_bytes))
+    shape = {"compressor": str(compressor), "n": n, "d": d}
     return [
-        {"kernel": name, "n": n, "d": d, "microseconds": 1e6 * time, "terabytes_per_second": num_bytes / time / 1e12}
+        {"kernel": name, **shape, "microseconds": 1e6 * time, "terabytes_per_second": num_bytes / time / 1e12}
         for name, time, num_bytes in measured
     ]
 
@@ -121,10 +131,16 @@ def main():
     copy = copy_bandwidth(dtype, 2**30 if DEVICE == "cuda" else 2**24) / 1e12
     # CUDA graphs cannot be captured on the default stream, and autograd stays on the stream of the forward pass
     with torch.cuda.stream(torch.cuda.Stream() if DEVICE == "cuda" else None):
-        results = [result for n in args.channels for d in args.sizes for result in measure(n, d, args.tokens, dtype)]
+        results = [
+            result
+            for n in args.channels
+            for compressor in (["channel", "token"] if n > 1 else [None])
+            for d in args.sizes
+            for result in measure(compressor, n, d, args.tokens, dtype)
+        ]
     for result in results:
         result["share_of_copy"] = result["terabytes_per_second"] / copy
-    columns = {"kernel": "", "n": "", "d": "", "microseconds": ".1f", "terabytes_per_second": ".3f"}
+    columns = {"kernel": "", "compressor": "", "n": "", "d": "", "microseconds": ".1f", "terabytes_per_second": ".3f"}
     settings = {"tokens": args.tokens, "dtype": args.dtype, "copy_terabytes_per_second": round(copy, 3)}
     report(results, columns | {"share_of_copy": ".2f"}, args.output, **settings)
 

@@ -56,12 +56,12 @@ def can_fuse(
     past_key_values: Cache | None = None,
 ) -> bool:
     """
-    Whether the fused kernels, which read the weights of modules without calling them, can compute the boundary before a
-    sublayer: with Triton, on a GPU, for a state `[batch, sequence, n, hidden_size]` in float32, bfloat16 or float16, one
-    write of rank 1, no token convolution with past inputs, and modules that are what they were made as (not wrapped
-    by an adapter, nor their weights offloaded). Programs that `torch.export` makes have none, so that they can run
-    anywhere. The environment variable `TRANSFORMERS_DDL_KERNELS` overrides the device: 0 always takes the PyTorch path, 1
-    takes the kernels on a CPU too (Triton's interpreter).
+    Whether the fused kernels, which read the weights of modules without calling them, can compute the boundary before
+    a sublayer: with Triton, on a GPU, for a state `[batch, sequence, n ≤ 8, hidden_size]` in float32, bfloat16 or
+    float16, one write of rank 1, gates of one layer, no token convolution with past inputs, and modules that are what
+    they were made as (not wrapped by an adapter, nor their weights offloaded). Programs that `torch.export` makes have
+    none, so that they can run anywhere. The environment variable `TRANSFORMERS_DDL_KERNELS` overrides the device: 0
+    always takes the PyTorch path, 1 takes the kernels on a CPU too (Triton's interpreter).
     """
     kernels = os.environ.get("TRANSFORMERS_DDL_KERNELS", "auto")
     if kernels == "0" or not TRITON_AVAILABLE or not (state.is_cuda or kernels == "1"):

@@ -375,6 +375,46 @@ def test_only_a_backward_pass_holds_earlier_states():
     assert histories == 2 * model.config.num_hidden_layers * [()]
 
 
+def test_states_that_are_rebuilt_drift_little():
+    """Over 48 sublayers in bfloat16, each state is that of the last snapshot with up to three writes replayed on it."""
+    from transformers_ddl.ops_ddl import NUM_REPLAYS
+    from transformers_ddl.ops_triton_ddl import boundary_op
+
+    torch.manual_seed(0)
+    tokens, n, d = (4096, 4, 1024) if DEVICE == "cuda" else (2, 4, 32)
+    state = torch.randn(tokens, 1, d, device=DEVICE, dtype=torch.bfloat16).expand(-1, n, -1).contiguous()
+    maps = [torch.rand(*shape, device=DEVICE) for shape in ((n, d), (d,), (n, d), (n,), (d,), (1,))]
+    drifts = []
+    for sublayer in range(48):
+        if sublayer % (NUM_REPLAYS + 1) == 0:
+            snapshot, rebuilt = state, state.float()
+        drifts.append(relative_error(rebuilt, state.float()))
+        direction = torch.randn(tokens, d, device=DEVICE, dtype=torch.bfloat16)
+        target, gate = 4 * torch.rand(tokens, n, device=DEVICE), 2 * torch.rand(tokens, device=DEVICE)
+        args = (
+            state,
+            direction,
+            target,
+            gate,
+            None,
+            None,
+            *maps,
+            snapshot,
+            [],
+            1e-5,
+            1e-5,
+            n,
+            4.0,
+            1,
+            False,
+            True,
+            True,
+        )
+        state, _, _, _, _, write, *_ = boundary_op(*args)
+        rebuilt = rebuilt + write.unsqueeze(-1) * direction.float().unsqueeze(-2)
+    assert 0 < max(drifts) < 1e-2
+
+
 def test_environment_variable_turns_kernels_off(monkeypatch):
     from transformers_ddl.ops_ddl import can_fuse
 
@@ -384,6 +424,9 @@ def test_environment_variable_turns_kernels_off(monkeypatch):
     assert not can_fuse(model.config, state.double(), *modules)
     monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "0")
     assert not can_fuse(model.config, state, *modules)
+    monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "off")
+    with pytest.raises(ValueError, match="TRANSFORMERS_DDL_KERNELS must be 0, 1 or auto, got 'off'"):
+        can_fuse(model.config, state, *modules)
 
 
 def test_token_convolutions_with_past_inputs_need_the_pytorch_path():

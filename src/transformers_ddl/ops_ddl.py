@@ -24,9 +24,10 @@ from transformers.utils.import_utils import is_liger_kernel_available, is_triton
 TRITON_AVAILABLE = is_triton_available()
 MAX_VALUE_CHANNELS = 8
 # Boundaries whose states the backward pass rebuilds for each one that is stored, at most 3; 0 stores all
-NUM_REPLAYS = int(os.environ.get("TRANSFORMERS_DDL_REPLAYS", "3"))
-if not 0 <= NUM_REPLAYS <= 3:
-    raise ValueError(f"TRANSFORMERS_DDL_REPLAYS must lie between 0 and 3, got {NUM_REPLAYS}")
+NUM_REPLAYS = os.environ.get("TRANSFORMERS_DDL_REPLAYS", "3")
+if NUM_REPLAYS not in ("0", "1", "2", "3"):
+    raise ValueError(f"TRANSFORMERS_DDL_REPLAYS must be 0, 1, 2 or 3, got {NUM_REPLAYS!r}")
+NUM_REPLAYS = int(NUM_REPLAYS)
 
 
 def load_kernels():
@@ -64,6 +65,8 @@ def can_fuse(
     always takes the PyTorch path, 1 takes the kernels on a CPU too (Triton's interpreter).
     """
     kernels = os.environ.get("TRANSFORMERS_DDL_KERNELS", "auto")
+    if kernels not in ("0", "1", "auto"):
+        raise ValueError(f"TRANSFORMERS_DDL_KERNELS must be 0, 1 or auto, got {kernels!r}")
     if kernels == "0" or not TRITON_AVAILABLE or not (state.is_cuda or kernels == "1"):
         return False
     if is_exporting():

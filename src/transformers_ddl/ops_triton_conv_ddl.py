@@ -104,8 +104,6 @@ def convolution_forward_kernel(
     num_tokens,
     seq_length,
     chunk_length,
-    state_token_stride,
-    state_channel_stride,
     key_eps,
     D: tl.constexpr,
     N: tl.constexpr,
@@ -127,7 +125,7 @@ def convolution_forward_kernel(
     # Each chunk computes the K - 1 tokens before it once more
     for position in range(tl.maximum(begin - KERNEL_SIZE + 1, 0), tl.minimum(begin + chunk_length, num_tokens)):
         token, segment = locate(position, order_ptr, segment_ptr, seq_length, HAS_ORDER)
-        state = load_vectors(state_ptr + token * state_token_stride, state_channel_stride, N, D, BLOCK_D, NUM_BLOCKS)
+        state = load_vectors(state_ptr + token * (N * D), N, D, BLOCK_D, NUM_BLOCKS)
         if HAS_WRITE:
             state = write_forward(
                 state,
@@ -161,7 +159,7 @@ def convolution_forward_kernel(
         sums = ()
         for i in tl.static_range(KERNEL_SIZE):
             tap_ptr = mixing_ptr + (KERNEL_SIZE - 1 - i) * (N * D)
-            tap = load_vectors(tap_ptr, D, N, D, BLOCK_D, NUM_BLOCKS)
+            tap = load_vectors(tap_ptr, N, D, BLOCK_D, NUM_BLOCKS)
             known = partial[i * NUM_BLOCKS : (i + 1) * NUM_BLOCKS]
             sums = sums + add_sum_of_products(known, state, tap, N, NUM_BLOCKS)
         partial = sums[NUM_BLOCKS:]
@@ -192,7 +190,7 @@ def gradients_after(
         token, its_segment = locate(
             tl.minimum(position + i, num_tokens - 1), order_ptr, segment_ptr, seq_length, HAS_ORDER
         )
-        gradient = load_vectors(grad_hidden_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS, first_feature)
+        gradient = load_vectors(grad_hidden_ptr + token * D, 1, D, BLOCK_D, NUM_BLOCKS, first_feature)
         is_read = (position + i < num_tokens) & (its_segment == segment) & (segment >= 0)
         later = later + zero_unless(is_read, gradient, NUM_BLOCKS)
     return later, segment
@@ -253,13 +251,13 @@ def convolution_backward_state_kernel(
     sum_amplitude = zero_scalars(N)
     for step in range(end - begin):
         token, segment = locate(end - 1 - step, order_ptr, segment_ptr, seq_length, HAS_ORDER)
-        grad_hidden = load_vectors(grad_hidden_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+        grad_hidden = load_vectors(grad_hidden_ptr + token * D, 1, D, BLOCK_D, NUM_BLOCKS)
         if HAS_GRAD_STATE:
-            grad_state = load_vectors(grad_new_state_ptr + token * (N * D), D, N, D, BLOCK_D, NUM_BLOCKS)
+            grad_state = load_vectors(grad_new_state_ptr + token * (N * D), N, D, BLOCK_D, NUM_BLOCKS)
         else:
             grad_state = zeros(N * NUM_BLOCKS, BLOCK_D)
         if HAS_WRITE:
-            direction = load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+            direction = load_vectors(direction_ptr + token * D, 1, D, BLOCK_D, NUM_BLOCKS)
             scalars = load_write_scalars(
                 write_ptr, target_ptr, gate_ptr, readout_ptr, inv_key_norm_ptr, token, N, HAS_GATE, ERASE
             )
@@ -270,7 +268,7 @@ def convolution_backward_state_kernel(
         window = grad_hidden + later
         for i in tl.static_range(KERNEL_SIZE):
             tap_ptr = mixing_ptr + (KERNEL_SIZE - 1 - i) * (N * D)
-            tap = load_vectors(tap_ptr, D, N, D, BLOCK_D, NUM_BLOCKS)
+            tap = load_vectors(tap_ptr, N, D, BLOCK_D, NUM_BLOCKS)
             gradient = window[i * NUM_BLOCKS : (i + 1) * NUM_BLOCKS]
             grad_state = add_products(grad_state, tap, gradient, N, NUM_BLOCKS)
         later = window[: (KERNEL_SIZE - 1) * NUM_BLOCKS]
@@ -323,8 +321,6 @@ def convolution_backward_mixing_kernel(
     num_tokens,
     seq_length,
     chunk_length,
-    snapshot_token_stride,
-    snapshot_channel_stride,
     D: tl.constexpr,
     N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -355,11 +351,9 @@ def convolution_backward_mixing_kernel(
     sum_mixing = zeros(KERNEL_SIZE * N, BLOCK_D)
     for step in range(end - begin):
         token, segment = locate(end - 1 - step, order_ptr, segment_ptr, seq_length, HAS_ORDER)
-        grad_hidden = load_vectors(grad_hidden_ptr + token * D, 0, 1, D, BLOCK_D, 1, first_feature)
+        grad_hidden = load_vectors(grad_hidden_ptr + token * D, 1, D, BLOCK_D, 1, first_feature)
         state = rebuild_state(
             snapshot_ptr,
-            snapshot_token_stride,
-            snapshot_channel_stride,
             replay0_direction_ptr,
             replay0_write_ptr,
             replay1_direction_ptr,
@@ -376,7 +370,7 @@ def convolution_backward_mixing_kernel(
         )
         if HAS_WRITE:
             if ERASE:
-                grad_direction = load_vectors(grad_direction_ptr + token * D, 0, 1, D, BLOCK_D, 1, first_feature)
+                grad_direction = load_vectors(grad_direction_ptr + token * D, 1, D, BLOCK_D, 1, first_feature)
                 read = sum_of_multiples(load_scalars(grad_erased_ptr + token * N, N), state, N, 1)
                 grad_direction = add(grad_direction, read, 1)
                 store_vectors(grad_direction_ptr + token * D, grad_direction, 1, D, BLOCK_D, 1, first_feature)
@@ -447,7 +441,7 @@ def convolution_op(
         grid, sizes = launch_options(state, mixing.shape[0])
         convolution_forward_kernel[grid](
             state, direction, target, gate, keep, amplitude, mixing, order, segment, *outputs,
-            state.shape[0], seq_length, state_token_stride=state.stride(0), state_channel_stride=state.stride(1),
+            state.shape[0], seq_length,
             key_eps=key_eps, HAS_ORDER=order is not None, HAS_WRITE=direction is not None, HAS_GATE=gate is not None, ERASE=erase,
             HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None, STORE_STATE=begins_sublayer,
             **sizes,
@@ -524,7 +518,7 @@ def convolution_backward_op(
     convolution_backward_mixing_kernel[(num_blocks, num_chunks)](
         snapshot, *replays, *[None] * (2 * MAX_REPLAYS - len(replays)), direction, write, order, segment,
         grad_hidden, grad_erased, grad_direction, grad_mixing,
-        num_tokens, seq_length, chunk_length, snapshot.stride(0), snapshot.stride(1),
+        num_tokens, seq_length, chunk_length,
         KERNEL_SIZE=kernel_size, NUM_REPLAYS=len(replays) // 2,
         num_warps=min(max(2, triton.next_power_of_2(num_sums // 2048)), 32), **sizes, **flags,
     )  # fmt: skip

@@ -48,13 +48,13 @@ NAMESPACE = re.sub(r"\W", "_", __package__)
 
 @triton.jit
 def load_vectors(
-    ptr, stride, COUNT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, NUM_BLOCKS: tl.constexpr, first_feature=0
+    ptr, COUNT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, NUM_BLOCKS: tl.constexpr, first_feature=0
 ):
     features = first_feature + tl.arange(0, BLOCK_D)
     values = ()
     for j in tl.static_range(COUNT):
         for b in tl.static_range(NUM_BLOCKS):
-            block_ptr = ptr + j * stride + b * BLOCK_D + features
+            block_ptr = ptr + j * D + b * BLOCK_D + features
             if D % BLOCK_D == 0:
                 values = values + (tl.load(block_ptr).to(tl.float32),)
             else:
@@ -263,7 +263,7 @@ def write_forward(
     HAS_AMPLITUDE: tl.constexpr,
 ):
     """`X + k̃ wᵀ`; stores Xᵀk, w and 1/‖k̃‖."""
-    direction = load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+    direction = load_vectors(direction_ptr + token * D, 1, D, BLOCK_D, NUM_BLOCKS)
     terms = multiply(direction, direction, 1, NUM_BLOCKS)
     if ERASE:
         terms = terms + multiply(state, direction, N, NUM_BLOCKS)
@@ -312,8 +312,6 @@ def boundary_forward_kernel(
     inv_key_norm_ptr,
     rstd_ptr,
     num_tokens,
-    state_token_stride,
-    state_channel_stride,
     key_eps,
     norm_eps,
     value_scale,
@@ -336,7 +334,7 @@ def boundary_forward_kernel(
 ):
     # An int64 index makes offsets int64
     for token in range(tl.program_id(0).to(tl.int64), num_tokens, tl.num_programs(0)):
-        state = load_vectors(state_ptr + token * state_token_stride, state_channel_stride, N, D, BLOCK_D, NUM_BLOCKS)
+        state = load_vectors(state_ptr + token * (N * D), N, D, BLOCK_D, NUM_BLOCKS)
         if HAS_WRITE:
             state = write_forward(
                 state,
@@ -364,14 +362,14 @@ def boundary_forward_kernel(
             if STORE_STATE:
                 store_vectors(new_state_ptr + token * (N * D), state, N, D, BLOCK_D, NUM_BLOCKS)
 
-        norm_weight = load_vectors(norm_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+        norm_weight = load_vectors(norm_weight_ptr, 1, D, BLOCK_D, NUM_BLOCKS)
         if HAS_MIXING:
-            mixing = load_vectors(mixing_ptr, D, N, D, BLOCK_D, NUM_BLOCKS)
+            mixing = load_vectors(mixing_ptr, N, D, BLOCK_D, NUM_BLOCKS)
         if HAS_HEADS:
-            gate_weight = load_vectors(gate_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+            gate_weight = load_vectors(gate_weight_ptr, 1, D, BLOCK_D, NUM_BLOCKS)
             gate_bias = tl.load(gate_bias_ptr).to(tl.float32)
             if VALUE_ACTIVATION != 2:
-                value_weight = load_vectors(value_weight_ptr, D, NUM_VALUES, D, BLOCK_D, NUM_BLOCKS)
+                value_weight = load_vectors(value_weight_ptr, NUM_VALUES, D, BLOCK_D, NUM_BLOCKS)
 
         hidden = sum_of_products(state, mixing, N, NUM_BLOCKS) if HAS_MIXING else state
         # c = x · rstd ∘ g, so that the maps of c can be summed before rstd is known
@@ -415,15 +413,13 @@ def replay(
     first_feature,
 ):
     """`X + k̃ wᵀ`."""
-    direction = load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS, first_feature)
+    direction = load_vectors(direction_ptr + token * D, 1, D, BLOCK_D, NUM_BLOCKS, first_feature)
     return add_multiples(state, load_scalars(write_ptr + token * N, N), direction, N, NUM_BLOCKS)
 
 
 @triton.jit
 def rebuild_state(
     snapshot_ptr,
-    token_stride,
-    channel_stride,
     direction0_ptr,
     write0_ptr,
     direction1_ptr,
@@ -439,7 +435,7 @@ def rebuild_state(
     first_feature=0,
 ):
     """The state before a write, from an earlier one and the writes since."""
-    state = load_vectors(snapshot_ptr + token * token_stride, channel_stride, N, D, BLOCK_D, NUM_BLOCKS, first_feature)
+    state = load_vectors(snapshot_ptr + token * (N * D), N, D, BLOCK_D, NUM_BLOCKS, first_feature)
     if NUM_REPLAYS > 0:
         state = replay(state, direction0_ptr, write0_ptr, token, N, D, BLOCK_D, NUM_BLOCKS, first_feature)
     if NUM_REPLAYS > 1:
@@ -558,8 +554,6 @@ def boundary_backward_kernel(
     grad_rows_ptr,  # per program: [n + values + 2, d] sums of the gradients of mixing, value map, norm weight, gate map
     grad_scalars_ptr,  # per program: [2n + values + 1] sums of the gradients of value bias, gate bias, kept share and amplitude
     num_tokens,
-    snapshot_token_stride,
-    snapshot_channel_stride,
     value_scale,
     D: tl.constexpr,
     N: tl.constexpr,
@@ -590,24 +584,22 @@ def boundary_backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     for token in range(program, num_tokens, tl.num_programs(0)):
         # Read from the cache for every token: registers are for the sums
-        norm_weight = load_vectors(norm_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+        norm_weight = load_vectors(norm_weight_ptr, 1, D, BLOCK_D, NUM_BLOCKS)
         if HAS_MIXING:
-            mixing = load_vectors(mixing_ptr, D, N, D, BLOCK_D, NUM_BLOCKS)
+            mixing = load_vectors(mixing_ptr, N, D, BLOCK_D, NUM_BLOCKS)
         if HAS_HEADS:
-            gate_weight = load_vectors(gate_weight_ptr, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+            gate_weight = load_vectors(gate_weight_ptr, 1, D, BLOCK_D, NUM_BLOCKS)
             if VALUE_ACTIVATION != 2:
-                value_weight = load_vectors(value_weight_ptr, D, NUM_VALUES, D, BLOCK_D, NUM_BLOCKS)
+                value_weight = load_vectors(value_weight_ptr, NUM_VALUES, D, BLOCK_D, NUM_BLOCKS)
 
-        grad_context = load_vectors(grad_context_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+        grad_context = load_vectors(grad_context_ptr + token * D, 1, D, BLOCK_D, NUM_BLOCKS)
         rstd = tl.load(rstd_ptr + token)
         if HAS_GRAD_STATE:
-            grad_state = load_vectors(grad_new_state_ptr + token * (N * D), D, N, D, BLOCK_D, NUM_BLOCKS)
+            grad_state = load_vectors(grad_new_state_ptr + token * (N * D), N, D, BLOCK_D, NUM_BLOCKS)
         else:
             grad_state = zeros(N * NUM_BLOCKS, BLOCK_D)
         state = rebuild_state(
             snapshot_ptr,
-            snapshot_token_stride,
-            snapshot_channel_stride,
             replay0_direction_ptr,
             replay0_write_ptr,
             replay1_direction_ptr,
@@ -623,7 +615,7 @@ def boundary_backward_kernel(
         )
         new_state = state
         if HAS_WRITE:
-            direction = load_vectors(direction_ptr + token * D, 0, 1, D, BLOCK_D, NUM_BLOCKS)
+            direction = load_vectors(direction_ptr + token * D, 1, D, BLOCK_D, NUM_BLOCKS)
             scalars = load_write_scalars(
                 write_ptr, target_ptr, gate_ptr, readout_ptr, inv_key_norm_ptr, token, N, HAS_GATE, ERASE
             )
@@ -795,7 +787,7 @@ def boundary_op(
             state, direction, target, gate, keep, amplitude,
             mixing, norm_weight, value_weight, value_bias, gate_weight, gate_bias,
             new_state, context, new_target, new_gate, readout, write, inv_key_norm, rstd,
-            state.shape[0], state.stride(0), state.stride(1), key_eps, norm_eps, value_scale,
+            state.shape[0], key_eps, norm_eps, value_scale,
             HAS_WRITE=direction is not None, HAS_GATE=gate is not None, ERASE=erase,
             HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None,
             STORE_STATE=begins_sublayer, HAS_MIXING=mixing is not None,
@@ -878,7 +870,7 @@ def boundary_backward_op(
         snapshot, *replays, *[None] * (2 * MAX_REPLAYS - len(replays)), direction, target, gate, keep,
         readout, write, inv_key_norm, mixing, norm_weight, value_weight, gate_weight, rstd, new_target, new_gate,
         grad_new_state, grad_context, grad_new_target, grad_new_gate, *outputs[:4], grad_rows, grad_scalars,
-        num_tokens, snapshot.stride(0), snapshot.stride(1), value_scale,
+        num_tokens, value_scale,
         NUM_REPLAYS=len(replays) // 2, HAS_GRAD_STATE=grad_new_state is not None, HAS_WRITE=direction is not None,
         HAS_GATE=gate is not None, ERASE=erase, HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None,
         HAS_MIXING=mixing is not None, HAS_HEADS=gate_weight is not None,

@@ -67,6 +67,12 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """What a test draws must not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():

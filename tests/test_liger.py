@@ -96,7 +96,7 @@ def assert_equal_loss_and_gradients(model, num_items):
 
 def test_every_kernel_stands_in_for_its_module():
     """And the modules of other models are left alone."""
-    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+    from transformers_ddl.liger_ddl import apply_rotary
 
     model = tiny_model("cc")
     for candidate, is_patched in ((with_liger(model), True), (model, False)):
@@ -105,7 +105,7 @@ def test_every_kernel_stands_in_for_its_module():
         assert names.count("LigerRMSNorm") == (9 if is_patched else 0)
         assert names.count("LigerSwiGLUMLP") == (2 if is_patched else 0)
         rotations = [module.apply_rotary for module in modules if hasattr(module, "apply_rotary")]
-        assert [rotation is liger_rotary_pos_emb for rotation in rotations] == 2 * [is_patched]
+        assert [rotation is apply_rotary for rotation in rotations] == 2 * [is_patched]
 
 
 class LargestTensor(TorchDispatchMode):

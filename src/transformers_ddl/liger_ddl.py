@@ -54,13 +54,21 @@ def apply_liger_kernel_to_ddl(
     # The classes that those of DDL derive from, as remote code has DDL classes of its own
     for module in model.modules():
         if rope and isinstance(module, LlamaAttention):
-            module.apply_rotary = liger_rotary_pos_emb
+            module.apply_rotary = apply_rotary
         elif rms_norm and isinstance(module, LlamaRMSNorm):
             _patch_rms_norm_module(module)
         elif swiglu and isinstance(module, LlamaMLP) and model.config.hidden_act in ("silu", "swish"):
             _patch_swiglu_module(module, LigerSwiGLUMLP)
     if fused_linear_cross_entropy:
         model.loss_without_logits = causal_lm_loss
+
+
+def apply_rotary(
+    query_states: torch.Tensor, key_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As the function of this name in `modeling_ddl`."""
+    query_states, key_states = liger_rotary_pos_emb(query_states.transpose(1, 2), key_states.transpose(1, 2), cos, sin)
+    return query_states.transpose(1, 2), key_states.transpose(1, 2)
 
 
 # Liger knows models by their type

@@ -484,10 +484,16 @@ COMPRESSORS = {None: DDLScalarCompressor, "channel": DDLChannelCompressor, "toke
 def apply_rotary(
     query_states: torch.Tensor, key_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turns the features of each head for which there are angles: all of them as in Llama, or the first as in GPT-NeoX."""
+    """
+    Turns the features of each head for which there are angles: all of them as in Llama, or the first as in GPT-NeoX.
+
+    Args:
+        query_states, key_states (`[batch, sequence, heads, head_dim]`): to be turned.
+        cos, sin (`[batch, sequence, rotary_dim]`): of the angles.
+    """
     is_partial = cos.shape[-1] < query_states.shape[-1]
     rotate = apply_partial_rotary_pos_emb if is_partial else apply_rotary_pos_emb
-    return rotate(query_states, key_states, cos, sin)
+    return rotate(query_states, key_states, cos, sin, unsqueeze_dim=2)
 
 
 def widen(linear: nn.Linear, factor: int) -> nn.Linear:
@@ -531,15 +537,19 @@ class DDLAttention(LlamaAttention):
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
 
-        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
-        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        query_states = self.q_proj(hidden_states).view(hidden_shape)
+        key_states = self.k_proj(hidden_states).view(hidden_shape)
+        value_states = self.v_proj(hidden_states).view(hidden_shape)
 
         if self.config.qk_norm == "pre_rope":
             query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
         query_states, key_states = self.apply_rotary(query_states, key_states, *position_embeddings)
         if self.config.qk_norm == "post_rope":
             query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
+        # Not before, as in Llama: norm and rotation would be compiled to two passes instead of one
+        query_states, key_states, value_states = (
+            states.transpose(1, 2) for states in (query_states, key_states, value_states)
+        )
 
         if past_key_values is not None:
             key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)

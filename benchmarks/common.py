@@ -28,12 +28,14 @@ from transformers_ddl.comparison import environment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Of the paper, of configs/quickstart.yaml, and to try a benchmark out
+# Of the paper, of configs/quickstart.yaml and configs/sizes/1b.yaml, and to try a benchmark out
 SIZES = {
     "toy": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 512},
     "quickstart": {"num_hidden_layers": 4, "hidden_size": 160, "num_attention_heads": 5, "vocab_size": 2048},
     "small": {"num_hidden_layers": 12, "hidden_size": 768, "num_attention_heads": 6, "vocab_size": 50304},
     "medium": {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 8, "vocab_size": 50304},
+    "1b": {"num_hidden_layers": 20, "hidden_size": 2048, "num_attention_heads": 16, "vocab_size": 50304}
+    | {"num_key_value_heads": 8, "intermediate_size": 5504, "max_position_embeddings": 2048},
 }
 MODELS = {
     "llama": None,  # transformers' own
@@ -51,8 +53,8 @@ def build(name: str, size: str) -> PreTrainedModel:
     torch.manual_seed(0)
     shape = SIZES[size]
     if name == "llama":
-        intermediate_size = 8 * shape["hidden_size"] // 3
-        return LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=intermediate_size, tie_word_embeddings=True))
+        shape = {"intermediate_size": 8 * shape["hidden_size"] // 3} | shape
+        return LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
     return DDLForCausalLM(DDLConfig(**shape, **MODELS[name]))
 
 

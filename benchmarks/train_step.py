@@ -33,7 +33,7 @@ from transformers_ddl import DDLForCausalLM
 
 
 # Sequences, and tokens in each of them
-BATCHES = {"toy": (2, 32), "quickstart": (4, 256), "small": (32, 1024), "medium": (16, 1024)}
+BATCHES = {"toy": (2, 32), "quickstart": (4, 256), "small": (32, 1024), "medium": (16, 1024), "1b": (8, 2048)}
 WARMUP = 5
 # Under `torch.compile` the rest is fused anyway
 LOSS_ALONE = {"rope": False, "rms_norm": False, "swiglu": False}

@@ -11,9 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The benchmark of converted Llamas compares what it says, and goes on where it was interrupted."""
+"""
+The benchmark of converted Llamas compares what it says, and goes on where it was interrupted; that of several processes
+trains the same models whatever their number.
+"""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +77,39 @@ def test_converted_llamas(tmp_path):
         ("scalar", "seconds", 2),
         ("cc_annealed", "seconds", 2),
     ]
+
+
+def test_scaling(tmp_path):
+    subprocess.run(
+        [
+            *(
+                sys.executable,
+                REPOSITORY / "benchmarks/scaling.py",
+                "--processes",
+                "1",
+                "2",
+                "--eager",
+                "--steps",
+                "2",
+            ),
+            *("--workloads", "ddp/toy", "fsdp2/toy", "tensor/toy", "--output", tmp_path / "scaling.json"),
+        ],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        check=True,
+    )
+    results = {
+        tuple(result[name] for name in ("workload", "phase", "model", "processes")): result
+        for result in json.loads((tmp_path / "scaling.json").read_text())["results"]
+    }
+    phases = [("ddp/toy", "train"), ("fsdp2/toy", "train"), ("tensor/toy", "forward"), ("tensor/toy", "decode")]
+    assert results.keys() == {(*phase, model, n) for phase in phases for model in ("additive", "cc") for n in (1, 2)}
+    for (workload, phase, model, processes), result in results.items():
+        speed, alone, additive = (
+            results[workload, phase, *other]["tokens_per_second"]
+            for other in ((model, processes), (model, 1), ("additive", processes))
+        )
+        assert (result["efficiency"], result["ratio"]) == pytest.approx((speed / alone, speed / additive))
+        assert result["loss_difference"] < 1e-5  # float32, of which sums are in another order
+        if phase == "train":
+            assert len(result["losses"]) == 20 and result["losses"][0] - result["losses"][-1] > 0.2
+        assert result["losses"][0] == pytest.approx(results[workload, phase, "additive", 1]["losses"][0], abs=0.1)

@@ -11,10 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pretraining whose parameters, gradients and optimizer states lie in pieces on two processes, killed and continued."""
+"""Pretraining on two processes, killed and continued; but for DDP, they hold pieces of parameters, gradients and optimizer states."""
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -29,7 +31,8 @@ from transformers import AutoModelForCausalLM
 from transformers_ddl.checkpoints import MANIFEST_FILE, find_damage
 
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGS = REPOSITORY / "configs" / "accelerate"
 pytestmark = pytest.mark.slow
 # The configuration of accelerate: what only a sharded model has in its checkpoints
 CONFIGURATIONS = {"fsdp2": "pytorch_model_fsdp.bin", "zero3": "zero_to_fp32.py"}
@@ -52,10 +55,11 @@ def launch(config: str, num_processes: int, folder: Path) -> subprocess.Popen:
     settings.update(mixed_precision="no", num_processes=num_processes, main_process_port=0)
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(settings))
     accumulation = SETTINGS["training"]["gradient_accumulation_steps"] // num_processes
+    sharded_worker = [Path(__file__).with_name("sharded_worker.py"), "pretrain"]
     return subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate.yaml"]
-        + [Path(__file__).with_name("sharded_worker.py"), "pretrain", "config.yaml"]
-        + ["--training.gradient_accumulation_steps", str(accumulation)],
+        + (sharded_worker if config in CONFIGURATIONS else [REPOSITORY / "scripts" / "pretrain.py"])
+        + ["config.yaml", "--training.gradient_accumulation_steps", str(accumulation)],
         cwd=folder,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
         stdout=subprocess.PIPE,
@@ -70,15 +74,23 @@ def run(*arguments):
     return process.returncode, output
 
 
+def kill(process: subprocess.Popen):
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.kill()
+    process.communicate()
+
+
+def wait_for(path: Path, process: subprocess.Popen):
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(1e-3)
+
+
 def kill_when(exists: Path, process: subprocess.Popen):
     try:
-        while not exists.exists():
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(1e-3)
+        wait_for(exists, process)
     finally:
-        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
-            each.kill()
-        process.communicate()
+        kill(process)
 
 
 @pytest.fixture(params=CONFIGURATIONS)
@@ -134,3 +146,33 @@ def test_continued_on_another_number_of_processes(config, single, tmp_path):
         assert code == 0, output
         for (step, loss, *_), (expected_step, expected, *_) in zip(curve(out), curve(single), strict=True):
             assert (step, loss) == (expected_step, pytest.approx(expected, rel=1e-4))
+
+
+def test_one_process_killed(single, tmp_path):
+    """The other stops by itself and says why, and one process goes on from their last checkpoint."""
+    write_inputs(tmp_path)
+    out = tmp_path / "out"
+    launcher = launch("ddp", 2, tmp_path)
+    try:
+        wait_for(out / "checkpoint-8" / MANIFEST_FILE, launcher)
+        ranks = {each.environ().get("LOCAL_RANK"): each for each in psutil.Process(launcher.pid).children()}
+        launcher.send_signal(signal.SIGSTOP)  # or it might stop the other process first
+        ranks["1"].kill()
+        deadline = time.monotonic() + 60
+        while ranks["0"].status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "the other process goes on"
+            time.sleep(0.1)
+        launcher.send_signal(signal.SIGCONT)
+        output, _ = launcher.communicate(timeout=60)
+    except BaseException:
+        kill(launcher)
+        raise
+    assert launcher.returncode != 0
+    assert re.search(r"error: another process of this run does not answer: .*; out/checkpoint-\d+ is complete", output)
+    assert "local_rank: 1" in output and "Signal 9 (SIGKILL)" in output
+
+    code, output = run("ddp", 1, tmp_path)
+    assert code == 0, output
+    assert "continuing from out/checkpoint-" in output
+    for (step, loss, *_), (expected_step, expected, *_) in zip(curve(out), curve(single), strict=True):
+        assert (step, loss) == (expected_step, pytest.approx(expected, rel=1e-4))

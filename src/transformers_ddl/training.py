@@ -479,7 +479,7 @@ def message(error: BaseException) -> str:
 
 
 def explain(error: BaseException | None) -> str | None:
-    """What went wrong, if it is the disk, the memory or a worker."""
+    """What went wrong, if it is the disk, the memory or another process."""
     if error is None:
         return None
     text = message(error)
@@ -491,6 +491,8 @@ def explain(error: BaseException | None) -> str | None:
         return f"out of memory: {text}"
     if isinstance(error, RuntimeError) and ("DataLoader worker" in text or "subprocesses has abruptly died" in text):
         return f"a process that reads data died: {text}"
+    if isinstance(error, RuntimeError) and "gloo" in text:
+        return f"another process of this run does not answer: {text}"
     return explain(error.__cause__ or error.__context__)
 
 

@@ -40,6 +40,7 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedType, PartialState
 from common import DEVICE, SIZES, add_ratios, build, free_memory, report, synchronize
+from torch.distributed.tensor import DTensor
 from train_step import BATCHES, WARMUP
 
 from transformers_ddl import DDLForCausalLM
@@ -78,6 +79,11 @@ def measure(step: Callable, tokens: int, steps: int, accelerator: Accelerator) -
     return figures
 
 
+def num_local_parameters(model: torch.nn.Module) -> int:
+    """Of which this process holds all or, where they are sharded, its part."""
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
+
+
 def train(name: str, workload: str, accelerator: Accelerator, args: argparse.Namespace) -> list[dict]:
     parallelism, size = workload.split("/")
     batch_size, seq_length = BATCHES[size]
@@ -103,8 +109,9 @@ def train(name: str, workload: str, accelerator: Accelerator, args: argparse.Nam
     losses = accelerator.reduce(losses, "mean").tolist()
     tokens_per_step = shares[0].numel() * accelerator.num_processes
     figures = measure(lambda: step(shares[:1]), tokens_per_step, args.steps, accelerator)
+    parameters = num_local_parameters(model)
     accelerator.free_memory(model, optimizer)
-    return [{"phase": "train", **figures, "losses": losses}]
+    return [{"phase": "train", **figures, "parameters": parameters, "losses": losses}]
 
 
 @torch.no_grad()
@@ -129,10 +136,10 @@ def infer(name: str, workload: str, accelerator: Accelerator, args: argparse.Nam
         length = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
         model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False, pad_token_id=0, **length)
 
-    losses = [forward().item()]
+    shared = {"parameters": num_local_parameters(model), "losses": [forward().item()]}
     return [
-        {"phase": "forward", **measure(forward, tokens.numel(), args.steps, accelerator), "losses": losses},
-        {"phase": "decode", **measure(generate, len(tokens) * NEW_TOKENS, args.steps, accelerator), "losses": losses},
+        {"phase": "forward", **measure(forward, tokens.numel(), args.steps, accelerator), **shared},
+        {"phase": "decode", **measure(generate, len(tokens) * NEW_TOKENS, args.steps, accelerator), **shared},
     ]
 
 
@@ -205,7 +212,7 @@ def main():
             first = firsts.setdefault((result["workload"], result["phase"], result["model"]), result)
             result["efficiency"] = result["tokens_per_second"] / first["tokens_per_second"]
             result["loss_difference"] = max(abs(a - b) for a, b in zip(result["losses"], first["losses"], strict=True))
-        columns = {"workload": "", "phase": "", "processes": "", "model": "", "milliseconds": ".2f"}
+        columns = {"workload": "", "phase": "", "processes": "", "model": "", "parameters": ",", "milliseconds": ".2f"}
         columns |= {"tokens_per_second": ".0f", "efficiency": ".3f", "ratio": ".3f", "loss_difference": ".1e"}
         if DEVICE == "cuda":
             columns |= {"peak_gib": ".2f"}

@@ -80,23 +80,16 @@ def test_converted_llamas(tmp_path):
 
 
 def test_scaling(tmp_path):
-    subprocess.run(
-        [
-            *(
-                sys.executable,
-                REPOSITORY / "benchmarks/scaling.py",
-                "--processes",
-                "1",
-                "2",
-                "--eager",
-                "--steps",
-                "2",
-            ),
-            *("--workloads", "ddp/toy", "fsdp2/toy", "tensor/toy", "--output", tmp_path / "scaling.json"),
-        ],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        check=True,
-    )
+    command = [
+        sys.executable,
+        REPOSITORY / "benchmarks/scaling.py",
+        "--workloads",
+        "ddp/toy",
+        "fsdp2/toy",
+        "tensor/toy",
+    ]
+    command += ["--processes", "1", "2", "--steps", "2", "--eager", "--output", tmp_path / "scaling.json"]
+    subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True)
     results = {
         tuple(result[name] for name in ("workload", "phase", "model", "processes")): result
         for result in json.loads((tmp_path / "scaling.json").read_text())["results"]
@@ -112,4 +105,6 @@ def test_scaling(tmp_path):
         assert result["loss_difference"] < 1e-5  # float32, of which sums are in another order
         if phase == "train":
             assert len(result["losses"]) == 20 and result["losses"][0] - result["losses"][-1] > 0.2
-        assert result["losses"][0] == pytest.approx(results[workload, phase, "additive", 1]["losses"][0], abs=0.1)
+        # Gates, value maps and norms of heads are whole with tensor parallelism
+        share = result["parameters"] / results[workload, phase, model, 1]["parameters"]
+        assert share == 1 if processes == 1 or workload == "ddp/toy" else 0.5 <= share < 0.52

@@ -80,14 +80,8 @@ def test_converted_llamas(tmp_path):
 
 
 def test_scaling(tmp_path):
-    command = [
-        sys.executable,
-        REPOSITORY / "benchmarks/scaling.py",
-        "--workloads",
-        "ddp/toy",
-        "fsdp2/toy",
-        "tensor/toy",
-    ]
+    workloads = ["ddp/toy", "fsdp2/toy", "tensor/toy"]
+    command = [sys.executable, REPOSITORY / "benchmarks/scaling.py", "--workloads", *workloads]
     command += ["--processes", "1", "2", "--steps", "2", "--eager", "--output", tmp_path / "scaling.json"]
     subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True)
     results = {

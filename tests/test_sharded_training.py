@@ -49,7 +49,7 @@ def single(tmp_path_factory):
     return folder / "out"
 
 
-def launch(config: str, num_processes: int, folder: Path) -> subprocess.Popen:
+def launch(config: str, num_processes: int, folder: Path, *overrides: str) -> subprocess.Popen:
     """Starts `pretrain` by `accelerate launch`, with as many sequences in a step whatever the number of processes."""
     settings = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
     settings.update(mixed_precision="no", num_processes=num_processes, main_process_port=0)
@@ -59,7 +59,7 @@ def launch(config: str, num_processes: int, folder: Path) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate.yaml"]
         + (sharded_worker if config in CONFIGURATIONS else [REPOSITORY / "scripts" / "pretrain.py"])
-        + ["config.yaml", "--training.gradient_accumulation_steps", str(accumulation)],
+        + ["config.yaml", "--training.gradient_accumulation_steps", str(accumulation), *overrides],
         cwd=folder,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
         stdout=subprocess.PIPE,
@@ -146,6 +146,15 @@ def test_continued_on_another_number_of_processes(config, single, tmp_path):
         assert code == 0, output
         for (step, loss, *_), (expected_step, expected, *_) in zip(curve(out), curve(single), strict=True):
             assert (step, loss) == (expected_step, pytest.approx(expected, rel=1e-4))
+
+
+def test_bfloat16_losses_are_not_rounded(tmp_path):
+    """At the end of a run, steps between losses of bfloat16 would be 2 ** -7 or more, halved by the mean of two processes."""
+    write_inputs(tmp_path)
+    code, output = run("fsdp2", 2, tmp_path, "--training.bf16", "true", "--training.logging_steps", "1")
+    assert code == 0, output
+    losses = [loss for _, loss, *_ in curve(tmp_path / "out")]
+    assert 1 < min(losses) and any(not (2**8 * loss).is_integer() for loss in losses), losses
 
 
 def test_one_process_killed(single, tmp_path):

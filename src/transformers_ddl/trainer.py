@@ -15,9 +15,11 @@
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -64,6 +66,13 @@ def sequences_per_step(args: TrainingArguments) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
+def keep_output_dtype(accelerator: Accelerator):
+    """Has FSDP2 return losses as models compute them, in float32: accelerate's policy would round them to 16 bits."""
+    if accelerator.is_fsdp2 and accelerator.state.mixed_precision != "no":
+        plugin = accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
 class Layout(TrainerCallback, ExportableState):
     """Keeps in every checkpoint what a run must have in common with it to be continued from it."""
 
@@ -91,6 +100,7 @@ class ResumableTrainer(Trainer):
         self.args.include_num_input_tokens_seen = "all"
         # Or copying a batch would wait for the step before, and the device for the next step's launches
         self.accelerator.dataloader_config.non_blocking = self.args.dataloader_pin_memory
+        keep_output_dtype(self.accelerator)
         self.flops_per_token = training_flops(self.model)
         self.last_log = None  # time in seconds, tokens seen, FLOPs
         sharding = "no sharding"

@@ -79,6 +79,7 @@ def test_converted_llamas(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path):
     workloads = ["ddp/toy", "fsdp2/toy", "tensor/toy"]
     command = [sys.executable, REPOSITORY / "benchmarks/scaling.py", "--workloads", *workloads]

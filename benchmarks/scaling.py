@@ -44,7 +44,7 @@ from torch.distributed.tensor import DTensor
 from train_step import BATCHES, WARMUP
 
 from transformers_ddl import DDLForCausalLM
-from transformers_ddl.trainer import keep_output_dtype
+from transformers_ddl.trainer import keep_dtypes
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "accelerate"
@@ -151,7 +151,7 @@ def work(args: argparse.Namespace):
         # Accelerate shards on accelerators only, though all that it calls runs on a CPU
         state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     accelerator, results = Accelerator(), []
-    keep_output_dtype(accelerator)
+    keep_dtypes(accelerator)
     for workload in args.workloads:
         for name in MODELS:
             torch.manual_seed(0)

@@ -15,7 +15,7 @@ from transformers import CompileConfig, DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
 
 from transformers_ddl import DDLForCausalLM
-from transformers_ddl.modeling_ddl import DDLTokenCompressor, delta_rewrite
+from transformers_ddl.modeling_ddl import DDLEmbeddingConvolution, DDLTokenCompressor, delta_rewrite
 
 
 pytest.importorskip("triton")
@@ -92,14 +92,21 @@ def test_model_with_kernels_is_as_exact_as_without(options, dtype, monkeypatch):
     Against the float64 model, the kernels' error in outputs and gradients is at most twice that of the PyTorch path
     in the same dtype; the floor covers sums that come out exact by chance in one of them.
     """
-    torch.manual_seed(0)
-    # Seven boundaries: the backward pass rebuilds states from a snapshot and up to three writes, and takes a second one
-    config = tiny_config(num_hidden_layers=3, **options)
-    model = randomise(DDLForCausalLM(config)).to(DEVICE)
-    tokens = torch.randint(0, config.vocab_size, (1, 4), device=DEVICE)
-    exact = run(copy.deepcopy(model).double(), tokens, monkeypatch, "0")
-    plain = run(copy.deepcopy(model).to(dtype), tokens, monkeypatch, "0")
-    fused = run(copy.deepcopy(model).to(dtype), tokens, monkeypatch, "1")
+    results = {"exact": {}, "plain": {}, "fused": {}}
+    # A single draw of weights can make much of one rounding
+    for seed in range(5 if DEVICE == "cuda" else 1):
+        torch.manual_seed(seed)
+        # Seven boundaries: the backward pass rebuilds states from a snapshot and up to three writes, and takes a second one
+        config = tiny_config(num_hidden_layers=3, **options)
+        model = randomise(DDLForCausalLM(config), seed).to(DEVICE)
+        tokens = torch.randint(0, config.vocab_size, (1, 4), device=DEVICE)
+        for path, kernels, its_dtype in (("exact", "0", torch.float64), ("plain", "0", dtype), ("fused", "1", dtype)):
+            values = run(copy.deepcopy(model).to(its_dtype), tokens, monkeypatch, kernels)
+            for name, value in values.items():
+                results[path].setdefault(name, []).append(value)
+    exact, plain, fused = (
+        {name: torch.cat(values) for name, values in values_of.items()} for values_of in results.values()
+    )
     assert fused.keys() == plain.keys() == exact.keys()
     floor = 30 * torch.finfo(dtype).eps
     for name, reference in exact.items():
@@ -193,8 +200,8 @@ def test_convolution(batch, seq_length, n, d, kernel_size, dtype):
     state, direction = torch.randn(batch, seq_length, n, d), torch.randn(batch, seq_length, d)
     target, gate = torch.randn(batch, seq_length, n), 2 * torch.rand(batch, seq_length)
     args = (state.to(dtype).float(), direction.to(dtype).float(), target, gate, kernel_size, {})
-    # Roundings of outputs and gradients, in bfloat16 by truncation in the interpreter; ∂k̃ is rounded twice
-    tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    # Roundings of outputs and gradients; ∂k̃ is rounded twice
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
     for name, value, reference in zip(
         CONVOLUTION_NAMES, convolution(*args, dtype), convolution(*args, torch.float64), strict=True
     ):
@@ -222,6 +229,75 @@ def test_convolution_at_extremes(layout, direction_scale, gate_value):
         torch.testing.assert_close(
             value.double(), reference, rtol=1e-4, atol=1e-5 * reference.abs().max().clamp(min=1e-30).item(), msg=name
         )
+
+
+def expansion(embeddings, n, kernel_size, layout, dtype):
+    """The embedding convolution, and gradients, of the kernels or, in float64, of PyTorch."""
+    from transformers_ddl.ops_ddl import fused_expansion
+
+    generator = torch.Generator().manual_seed(2)
+    d = embeddings.shape[-1]
+    weight = torch.randn(n, d, kernel_size, generator=generator).to(DEVICE, torch.promote_types(dtype, torch.float32))
+    inputs = [embeddings.to(DEVICE, dtype).requires_grad_(), weight.requires_grad_()]
+    layout = {name: tensor.to(DEVICE) for name, tensor in layout.items()}
+    convolution = DDLEmbeddingConvolution(tiny_config(num_value_channels=n, embedding_conv_kernel_size=kernel_size))
+    del convolution.weight
+    _, convolution.weight = inputs
+    if dtype == torch.float64:
+        state = convolution(inputs[0], layer_idx=0, state_idx=0, **layout)
+    else:
+        state = fused_expansion(inputs[0], convolution.mixing(), dtype, **layout)
+    generator = torch.Generator().manual_seed(3)
+    cotangent = torch.randn(state.shape, generator=generator).to(state)
+    return [state, *torch.autograd.grad(state, inputs, cotangent)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "seq_length", "n", "d", "kernel_size"),
+    [(2, 31, 4, 20, 4), (1, 1, 2, 8, 3), (3, 2, 3, 130, 8), (2, 6, 8, 33, 1), (1, 5, 5, 300, 2)],
+)
+def test_expansion(batch, seq_length, n, d, kernel_size, dtype):
+    torch.manual_seed(0)
+    args = (torch.randn(batch, seq_length, d).to(dtype).float(), n, kernel_size, {})
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 6e-4}[dtype]
+    for name, value, reference in zip(
+        ("state", "∂e", "∂kernel"), expansion(*args, dtype), expansion(*args, torch.float64), strict=True
+    ):
+        assert relative_error(value, reference) < tolerance, name
+
+
+@layouts
+def test_expansion_of_padded_and_packed_batches(layout):
+    """Whatever padding holds: it is left out, not multiplied by zeros."""
+    torch.manual_seed(0)
+    embeddings = torch.randn(2, 7, 33)
+    if "attention_mask" in layout:
+        layout = {"conv_mask": layout["attention_mask"].bool()}
+        unreadable = embeddings.masked_fill(~layout["conv_mask"].unsqueeze(-1), float("inf"))
+    else:
+        layout, unreadable = {"document_ids": find_packed_sequence_indices(layout["position_ids"])}, embeddings
+    exact = expansion(embeddings, 3, 4, layout, torch.float64)
+    for value, reference in zip(expansion(unreadable, 3, 4, layout, torch.float32), exact, strict=True):
+        assert relative_error(value, reference) < 1e-6
+
+
+def test_autocast_expands_to_its_own_dtype():
+    """The state is rounded once, and embeddings get their gradient in float32."""
+    from transformers_ddl.ops_ddl import fused_expansion
+
+    convolution = DDLEmbeddingConvolution(tiny_config())
+    torch.nn.init.normal_(convolution.to(DEVICE).weight)
+    embeddings = torch.randn(2, 5, 20, device=DEVICE, requires_grad=True)
+    state = fused_expansion(embeddings, convolution.mixing(), torch.bfloat16)
+    assert torch.equal(state, fused_expansion(embeddings, convolution.mixing(), torch.float32).bfloat16())
+    (gradient,) = torch.autograd.grad(state.float().square().sum(), embeddings)
+    assert gradient.dtype == torch.float32 and gradient.all()
+
+
+def test_empty_batch_of_expansions():
+    state, *gradients = expansion(torch.randn(0, 4, 16), 3, 4, {}, torch.float32)
+    assert state.shape == (0, 4, 3, 16) and gradients[0].shape == (0, 4, 16) and not gradients[1].any()
 
 
 def boundary(state, direction, target, gate, dtype):
@@ -293,7 +369,7 @@ def test_empty_batch():
 def test_operator_registrations():
     """Schema, fake tensors and autograd registration agree with what the operator does (`torch.library.opcheck`)."""
     from transformers_ddl.ops_ddl import walk
-    from transformers_ddl.ops_triton_conv_ddl import convolution_op
+    from transformers_ddl.ops_triton_conv_ddl import convolution_op, expansion_op
     from transformers_ddl.ops_triton_ddl import boundary_op
 
     torch.manual_seed(0)
@@ -308,6 +384,8 @@ def test_operator_registrations():
     for positions in ((None, None), walk(None, torch.tensor([[0, 1, 1]], device=DEVICE))):
         args = (state, *per_token, None, None, mixing, *positions, state.detach(), [], 3, 1e-5, True, True)
         torch.library.opcheck(convolution_op, args, test_utils=checks)
+        args = (per_token[0], mixing, *positions, 3, torch.bfloat16)
+        torch.library.opcheck(expansion_op, args, test_utils=checks)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +408,7 @@ def test_compiled_training(options, monkeypatch):
         assert relative_error(value, reference) < 1e-5
     boundaries = 2 * model.config.num_hidden_layers + 1
     assert sum("boundary" in operation for operation in operations) == boundaries
+    assert sum("expansion" in operation for operation in operations) == int(bool(model.config.embedding_conv))
 
 
 @pytest.mark.parametrize(
@@ -430,12 +509,16 @@ def test_environment_variable_turns_kernels_off(monkeypatch):
 
 
 def test_token_convolutions_with_past_inputs_need_the_pytorch_path():
-    from transformers_ddl.ops_ddl import can_fuse
+    from transformers_ddl.ops_ddl import can_fuse, can_fuse_expansion
 
     model = DDLForCausalLM(tiny_config(compressor="token")).model.to(DEVICE)
     state, modules = torch.zeros(1, 1, 3, 20, device=DEVICE), (model.readout, model.norm, None)
     assert can_fuse(model.config, state, *modules)
-    assert not can_fuse(model.config, state, *modules, DynamicCache(config=model.config))
+    cache = DynamicCache(config=model.config)
+    assert not can_fuse(model.config, state, *modules, cache)
+    embeddings = torch.zeros(1, 1, 20, device=DEVICE)
+    assert can_fuse_expansion(model.config, embeddings, model.embedding_conv)
+    assert not can_fuse_expansion(model.config, embeddings, model.embedding_conv, cache)
 
 
 @pytest.mark.parametrize("change", ["value_proj", "residual", "norm", "compressor", "offload"])

@@ -64,7 +64,7 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_ddl import DDLConfig
-from .ops_ddl import can_fuse, fused_boundary, is_exporting, load_kernels
+from .ops_ddl import can_fuse, can_fuse_expansion, fused_boundary, fused_expansion, is_exporting, load_kernels
 
 
 def upcast(tensor: torch.Tensor) -> torch.Tensor:
@@ -417,6 +417,10 @@ class DDLEmbeddingConvolution(DDLTokenConvolution):
 
     def __init__(self, config: DDLConfig):
         super().__init__(config, config.embedding_conv_kernel_size)
+
+    def mixing(self) -> torch.Tensor:
+        """The taps, `[taps, n, hidden_size]`."""
+        return upcast(self.weight).permute(2, 0, 1).contiguous()
 
     def apply_tap(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return hidden_states.unsqueeze(2) * weight
@@ -884,15 +888,23 @@ class DDLModel(DDLPreTrainedModel):
             position_ids = new_tokens.unsqueeze(0)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
 
-        if self.embedding_conv is not None:
-            state_idx = self.config.number_of_conv_states - 1
-            state = self.embedding_conv(inputs_embeds, layer_idx=0, state_idx=state_idx, **boundaries)
-        else:
-            state = inputs_embeds.unsqueeze(2).expand(-1, -1, self.config.num_value_channels, -1)
         # Under autocast the state is stored in the precision of the matrix products; rewrites are computed in float32
-        device_type = state.device.type
+        device_type, state_dtype = inputs_embeds.device.type, inputs_embeds.dtype
         if device_type != "meta" and torch.is_autocast_enabled(device_type):
-            state = state.to(torch.get_autocast_dtype(device_type))
+            state_dtype = torch.get_autocast_dtype(device_type)
+        if self.embedding_conv is None:
+            state = inputs_embeds.to(state_dtype).unsqueeze(2).expand(-1, -1, self.config.num_value_channels, -1)
+        elif can_fuse_expansion(self.config, inputs_embeds, self.embedding_conv, past_key_values):
+            state = fused_expansion(
+                inputs_embeds,
+                self.embedding_conv.mixing(),
+                state_dtype,
+                boundaries["conv_mask"],
+                boundaries["document_ids"],
+            )
+        else:
+            state_idx = self.config.number_of_conv_states - 1
+            state = self.embedding_conv(inputs_embeds, layer_idx=0, state_idx=state_idx, **boundaries).to(state_dtype)
 
         write, history = (), ()
         for decoder_layer in self.layers[: self.config.num_hidden_layers]:

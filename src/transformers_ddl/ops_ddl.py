@@ -48,6 +48,28 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def can_run(tensor: torch.Tensor, *modules: nn.Module) -> bool:
+    """
+    Whether kernels, which read the weights of modules without calling them, can stand in for these: with Triton, for a tensor in
+    float32, bfloat16 or float16 on a GPU, and modules that are what they were made as (not wrapped by an adapter, nor their
+    weights offloaded). Programs that `torch.export` makes have none, so that they can run anywhere. The environment variable
+    `TRANSFORMERS_DDL_KERNELS` overrides the device: 0 always takes the PyTorch path, 1 takes the kernels on a CPU too (Triton's
+    interpreter).
+    """
+    kernels = os.environ.get("TRANSFORMERS_DDL_KERNELS", "auto")
+    if kernels not in ("0", "1", "auto"):
+        raise ValueError(f"TRANSFORMERS_DDL_KERNELS must be 0, 1 or auto, got {kernels!r}")
+    if kernels == "0" or not TRITON_AVAILABLE or not (tensor.is_cuda or kernels == "1"):
+        return False
+    if is_exporting() or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    # What wraps a module has it as a child
+    return all(
+        not any(module.children()) and all(parameter.device == tensor.device for parameter in module.parameters())
+        for module in modules
+    )
+
+
 def can_fuse(
     config: PreTrainedConfig,
     state: torch.Tensor,
@@ -57,38 +79,49 @@ def can_fuse(
     past_key_values: Cache | None = None,
 ) -> bool:
     """
-    Whether the fused kernels, which read the weights of modules without calling them, can compute the boundary before
-    a sublayer: with Triton, on a GPU, for a state `[batch, sequence, n ≤ 8, hidden_size]` in float32, bfloat16 or
-    float16, one write of rank 1, gates of one layer, no token convolution with past inputs, and modules that are what
-    they were made as (not wrapped by an adapter, nor their weights offloaded). Programs that `torch.export` makes have
-    none, so that they can run anywhere. The environment variable `TRANSFORMERS_DDL_KERNELS` overrides the device: 0
-    always takes the PyTorch path, 1 takes the kernels on a CPU too (Triton's interpreter).
+    Whether the fused kernels can compute the boundary before a sublayer (see `can_run`): for a state `[batch, sequence, n ≤ 8,
+    hidden_size]`, one write of rank 1, gates of one layer, and no token convolution with past inputs.
     """
-    kernels = os.environ.get("TRANSFORMERS_DDL_KERNELS", "auto")
-    if kernels not in ("0", "1", "auto"):
-        raise ValueError(f"TRANSFORMERS_DDL_KERNELS must be 0, 1 or auto, got {kernels!r}")
-    if kernels == "0" or not TRITON_AVAILABLE or not (state.is_cuda or kernels == "1"):
-        return False
-    if is_exporting():
-        return False
     if config.residual_type not in ("delta", "write_only", "expanded_additive"):
         return False
     if config.compressor == "token" and past_key_values is not None:
         return False
     if config.num_delta_steps > 1 or config.num_value_channels > MAX_VALUE_CHANNELS:
         return False
-    if state.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
     maps = []
     if residual is not None and config.has_gates:
         maps = list(residual.children())
         if config.gate_hidden_size is not None or any(type(module) is not nn.Linear for module in maps):
             return False
-    # What wraps a module has it as a child
-    return all(
-        not any(module.children()) and all(parameter.device == state.device for parameter in module.parameters())
-        for module in (compressor, norm, *maps)
-    )
+    return can_run(state, compressor, norm, *maps)
+
+
+def can_fuse_expansion(
+    config: PreTrainedConfig, embeddings: torch.Tensor, embedding_conv: nn.Module, past_key_values: Cache | None = None
+) -> bool:
+    """Whether the fused kernel can compute the embedding convolution (see `can_run`): for n ≤ 8 and without past inputs."""
+    if past_key_values is not None or config.num_value_channels > MAX_VALUE_CHANNELS:
+        return False
+    return can_run(embeddings, embedding_conv)
+
+
+def fused_expansion(
+    embeddings: torch.Tensor,
+    mixing: torch.Tensor,
+    dtype: torch.dtype,
+    conv_mask: torch.Tensor | None = None,
+    document_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    The embedding convolution in one kernel, of `embeddings` `[batch, sequence, hidden_size]` with `mixing` `[taps, n,
+    hidden_size]`: the state `[batch, sequence, n, hidden_size]` in the given dtype. Masks are those of `fused_boundary`.
+    """
+    from .ops_triton_conv_ddl import expansion_op
+
+    batch_shape = embeddings.shape[:2]
+    embeddings = embeddings.flatten(0, 1).contiguous()
+    state = expansion_op(embeddings, mixing, *walk(conv_mask, document_ids), batch_shape[1], dtype)
+    return state.unflatten(0, batch_shape)
 
 
 def fused_boundary(

@@ -18,6 +18,8 @@ upon x, RMSNorm, gate and target, is that of `boundary_op` for a state of one ch
 
 Programs walk along tokens, forwards for x, which they sum for K tokens at once, and backwards for the gradient of X, which
 needs those of the K − 1 tokens after it. The notation is that of `ops_triton_ddl`.
+
+And the embedding convolution X[t, j] = Σ_τ M[τ, j] ∘ e[t − K + 1 + τ] (EC).
 """
 
 import torch
@@ -394,6 +396,107 @@ def convolution_backward_mixing_kernel(
     store_vectors(rows_ptr, sum_mixing, KERNEL_SIZE * N, D, BLOCK_D, 1, first_feature)
 
 
+@triton.jit
+def expansion_forward_kernel(
+    embeddings_ptr,
+    mixing_ptr,
+    order_ptr,
+    segment_ptr,
+    state_ptr,
+    num_tokens,
+    seq_length,
+    chunk_length,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+):
+    first_feature = tl.program_id(0) * BLOCK_D
+    begin = tl.program_id(1) * chunk_length
+    mixing = load_vectors(mixing_ptr, KERNEL_SIZE * N, D, BLOCK_D, 1, first_feature)
+    earlier = zeros(KERNEL_SIZE - 1, BLOCK_D)  # e of the K − 1 tokens before
+    last_segment = -1
+    for position in range(tl.maximum(begin - KERNEL_SIZE + 1, 0), tl.minimum(begin + chunk_length, num_tokens)):
+        token, segment = locate(position, order_ptr, segment_ptr, seq_length, HAS_ORDER)
+        embedding = load_vectors(embeddings_ptr + token * D, 1, D, BLOCK_D, 1, first_feature)
+        window = zero_unless(segment == last_segment, earlier, KERNEL_SIZE - 1)
+        window = window + zero_unless(segment >= 0, embedding, 1)
+        last_segment = segment
+        earlier = window[1:]
+        state = zeros(N, BLOCK_D)
+        for tap in tl.static_range(KERNEL_SIZE):
+            state = add_products(state, mixing[tap * N : (tap + 1) * N], window[tap : tap + 1], N, 1)
+        if position >= begin:
+            store_vectors(state_ptr + token * (N * D), state, N, D, BLOCK_D, 1, first_feature)
+
+
+@triton.jit
+def expansion_backward_kernel(
+    embeddings_ptr,
+    mixing_ptr,
+    order_ptr,
+    segment_ptr,
+    grad_state_ptr,
+    grad_embeddings_ptr,
+    grad_mixing_ptr,  # per chunk: [K, n, d]
+    num_tokens,
+    seq_length,
+    chunk_length,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+):
+    """∂M[K − 1 − i, j] = Σ_t e[t − i] ∘ G[t, j] and ∂e[t] = Σ_i Σ_j M[K − 1 − i, j] ∘ G[t + i, j], for i < K."""
+    PAST: tl.constexpr = KERNEL_SIZE - 1
+    first_feature = tl.program_id(0) * BLOCK_D
+    begin = tl.program_id(1) * chunk_length
+    end = tl.minimum(begin + chunk_length, num_tokens)
+    mixing = load_vectors(mixing_ptr, KERNEL_SIZE * N, D, BLOCK_D, 1, first_feature)
+    sum_mixing = zeros(KERNEL_SIZE * N, BLOCK_D)
+    earlier = zeros(PAST, BLOCK_D)  # e of the K − 1 tokens before
+    partial = zeros(PAST, BLOCK_D)  # of their ∂e, what is known
+    last_segment = -1
+    length = 0  # of the segment, as far as it has been walked
+    for position in range(tl.maximum(begin - PAST, 0), end + PAST):
+        token, segment = locate(tl.minimum(position, num_tokens - 1), order_ptr, segment_ptr, seq_length, HAS_ORDER)
+        embedding = load_vectors(embeddings_ptr + token * D, 1, D, BLOCK_D, 1, first_feature)
+        grad_state = load_vectors(grad_state_ptr + token * (N * D), N, D, BLOCK_D, 1, first_feature)
+        embedding = zero_unless(segment >= 0, embedding, 1)
+        grad_state = zero_unless((segment >= 0) & (position < num_tokens), grad_state, N)
+        length = tl.where(segment == last_segment, length + 1, 0)
+        earlier = zero_unless(segment == last_segment, earlier, PAST)
+        last_segment = segment
+
+        window = earlier + embedding
+        counted = zero_unless((position >= begin) & (position < end), grad_state, N)
+        sums = ()
+        for tap in tl.static_range(KERNEL_SIZE):
+            sum_tap = sum_mixing[tap * N : (tap + 1) * N]
+            sums = sums + add_products(sum_tap, counted, window[tap : tap + 1], N, 1)
+        sum_mixing = sums
+        earlier = window[1:]
+
+        # Of the tokens before, those of the same segment have been read for this one
+        known = partial + zeros(1, BLOCK_D)
+        gradients = ()
+        for tap in tl.static_range(KERNEL_SIZE):
+            read = zeros(1, BLOCK_D)
+            read = add_sum_of_products(read, grad_state, mixing[tap * N : (tap + 1) * N], N, 1)
+            is_read = length >= KERNEL_SIZE - 1 - tap
+            gradients = gradients + add(known[tap : tap + 1], zero_unless(is_read, read, 1), 1)
+        partial = gradients[1:]
+        finished = position - PAST
+        if (finished >= begin) & (finished < end):
+            token, _ = locate(finished, order_ptr, segment_ptr, seq_length, HAS_ORDER)
+            store_vectors(grad_embeddings_ptr + token * D, gradients, 1, D, BLOCK_D, 1, first_feature)
+
+    rows_ptr = grad_mixing_ptr + tl.program_id(1) * (KERNEL_SIZE * N * D)
+    store_vectors(rows_ptr, sum_mixing, KERNEL_SIZE * N, D, BLOCK_D, 1, first_feature)
+
+
 def chunks(state: torch.Tensor, num_programs: int) -> tuple[int, int]:
     """Number and length of the chunks of tokens for so many programs, which should all be resident: each has one."""
     num_tokens = state.shape[0]
@@ -409,6 +512,19 @@ def launch_options(state: torch.Tensor, kernel_size: int) -> tuple[tuple[int], d
     num_chunks, chunk_length = chunks(state, 16 // num_warps * num_multiprocessors(state.device))
     sizes = vector_sizes(state, largest_block=128 * num_warps)
     return (num_chunks,), {**sizes, "KERNEL_SIZE": kernel_size, "chunk_length": chunk_length, "num_warps": num_warps}
+
+
+def block_launch_options(
+    state: torch.Tensor, kernel_size: int, programs_per_sm: int
+) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and sizes for programs that have one block of features, which keep K n numbers for each in registers: at most 64."""
+    sizes = vector_sizes(state, largest_block=256)
+    num_blocks, num_numbers = sizes.pop("NUM_BLOCKS"), kernel_size * state.shape[1] * sizes["BLOCK_D"]
+    num_programs = programs_per_sm * num_multiprocessors(state.device)
+    num_chunks, chunk_length = chunks(state, triton.cdiv(num_programs, num_blocks))
+    num_warps = min(max(2, triton.next_power_of_2(num_numbers // 2048)), 32)
+    sizes |= {"KERNEL_SIZE": kernel_size, "chunk_length": chunk_length, "num_warps": num_warps}
+    return (num_blocks, num_chunks), sizes
 
 
 # Every operation takes tokens in one dimension, as those of `ops_triton_ddl`, and the mixing `[K, n, d]`. Sequences of
@@ -508,19 +624,13 @@ def convolution_backward_op(
         HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None, **sizes, **flags,
     )  # fmt: skip
 
-    # A program keeps the sums of K n parameters for each of its features in registers: at most 64 of a thread
-    sizes = vector_sizes(snapshot, largest_block=256)
-    num_blocks, num_sums = sizes.pop("NUM_BLOCKS"), kernel_size * n * sizes["BLOCK_D"]
-    programs_per_sm = 8 if len(replays) <= 2 else 6  # with 128 registers a thread and 154
-    num_programs = programs_per_sm * num_multiprocessors(snapshot.device)
-    num_chunks, chunk_length = chunks(snapshot, triton.cdiv(num_programs, num_blocks))
-    grad_mixing = snapshot.new_empty(num_chunks, *mixing.shape, dtype=torch.float32)
-    convolution_backward_mixing_kernel[(num_blocks, num_chunks)](
+    # With 128 registers a thread and 154
+    grid, sizes = block_launch_options(snapshot, kernel_size, programs_per_sm=8 if len(replays) <= 2 else 6)
+    grad_mixing = snapshot.new_empty(grid[1], *mixing.shape, dtype=torch.float32)
+    convolution_backward_mixing_kernel[grid](
         snapshot, *replays, *[None] * (2 * MAX_REPLAYS - len(replays)), direction, write, order, segment,
         grad_hidden, grad_erased, grad_direction, grad_mixing,
-        num_tokens, seq_length, chunk_length,
-        KERNEL_SIZE=kernel_size, NUM_REPLAYS=len(replays) // 2,
-        num_warps=min(max(2, triton.next_power_of_2(num_sums // 2048)), 32), **sizes, **flags,
+        num_tokens, seq_length, NUM_REPLAYS=len(replays) // 2, **sizes, **flags,
     )  # fmt: skip
     return [grad_state, grad_direction, grad_target, grad_gate, grad_mixing.sum(0), grad_scalars.sum(0)]
 
@@ -587,3 +697,69 @@ def backward(ctx, grads):
 
 
 convolution_op.register_autograd(backward, setup_context=setup_context)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::expansion", mutates_args=())
+@on_its_device
+def expansion_op(
+    embeddings: torch.Tensor,
+    mixing: torch.Tensor,
+    order: torch.Tensor | None,
+    segment: torch.Tensor | None,
+    seq_length: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The state `[tokens, n, d]` in the given dtype, of embeddings `[tokens, d]`."""
+    state = embeddings.new_empty(embeddings.shape[0], *mixing.shape[1:], dtype=dtype)
+    if state.shape[0] > 0:
+        grid, sizes = block_launch_options(state, mixing.shape[0], programs_per_sm=12)
+        expansion_forward_kernel[grid](
+            embeddings, mixing, order, segment, state, state.shape[0], seq_length, HAS_ORDER=order is not None, **sizes
+        )
+    return state
+
+
+@expansion_op.register_fake
+def _(embeddings, mixing, order, segment, seq_length, dtype):
+    return embeddings.new_empty(embeddings.shape[0], *mixing.shape[1:], dtype=dtype)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::expansion_backward", mutates_args=())
+@on_its_device
+def expansion_backward_op(
+    embeddings: torch.Tensor,
+    mixing: torch.Tensor,
+    order: torch.Tensor | None,
+    segment: torch.Tensor | None,
+    grad_state: torch.Tensor,
+    seq_length: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the gradients of embeddings and, in float32, of mixing."""
+    grad_embeddings = torch.empty_like(embeddings)
+    if embeddings.shape[0] == 0:
+        return grad_embeddings, mixing.new_zeros(mixing.shape)
+    grid, sizes = block_launch_options(grad_state, mixing.shape[0], programs_per_sm=5)
+    grad_mixing = mixing.new_empty(grid[1], *mixing.shape)
+    expansion_backward_kernel[grid](
+        embeddings, mixing, order, segment, grad_state, grad_embeddings, grad_mixing,
+        embeddings.shape[0], seq_length, HAS_ORDER=order is not None, **sizes,
+    )  # fmt: skip
+    return grad_embeddings, grad_mixing.sum(0)
+
+
+@expansion_backward_op.register_fake
+def _(embeddings, mixing, *args):
+    return torch.empty_like(embeddings), torch.empty_like(mixing)
+
+
+def expansion_setup_context(ctx, inputs, output):
+    *tensors, ctx.seq_length, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def expansion_backward(ctx, grad_state):
+    grads = expansion_backward_op(*ctx.saved_tensors, grad_state.contiguous(), ctx.seq_length)
+    return *grads, *[None] * 4
+
+
+expansion_op.register_autograd(expansion_backward, setup_context=expansion_setup_context)

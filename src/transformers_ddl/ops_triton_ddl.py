@@ -268,7 +268,7 @@ def write_forward(
     if ERASE:
         terms = terms + multiply(state, direction, N, NUM_BLOCKS)
     sums = sums_over_features(terms, N + 1 if ERASE else 1, NUM_BLOCKS)
-    inv_key_norm = 1.0 / tl.sqrt(sums[0] + key_eps * key_eps)
+    inv_key_norm = tl.div_rn(1.0, tl.sqrt_rn(sums[0] + key_eps * key_eps))
     write = ()
     for j in tl.static_range(N):
         weight = 0.0
@@ -382,7 +382,7 @@ def boundary_forward_kernel(
                 terms = terms + multiply(value_weight, source, NUM_VALUES, NUM_BLOCKS)
         num_sums: tl.constexpr = 1 if not HAS_HEADS else (2 if VALUE_ACTIVATION == 2 else 2 + NUM_VALUES)
         sums = sums_over_features(terms, num_sums, NUM_BLOCKS)
-        rstd = 1.0 / tl.sqrt(sums[0] / D + norm_eps)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(sums[0] / D + norm_eps))
         normed = rounded(scale(hidden, rstd, NUM_BLOCKS), context_ptr, NUM_BLOCKS)  # as Llama's RMSNorm rounds
         store_vectors(context_ptr + token * D, multiply(normed, norm_weight, 1, NUM_BLOCKS), 1, D, BLOCK_D, NUM_BLOCKS)
         tl.store(rstd_ptr + token, rstd)
@@ -727,8 +727,12 @@ def launch_options(state: torch.Tensor, num_values: int, backward: bool) -> tupl
         resident_warps = 8 if n > 2 else 12 if num_values == n else 20
         programs_per_sm = max(1, resident_warps // num_warps)
     else:
-        num_warps, programs_per_sm = max(2, triton.next_power_of_2(triton.cdiv(n * d, 1536))), 32
+        # All programs are resident at once, with 128 registers for each thread, or 64 for a state of one channel
+        num_warps = max(2, triton.next_power_of_2(triton.cdiv(n * d, 1536)))
+        programs_per_sm = max(1, (16 if n > 1 else 32) // num_warps)
     sizes = {**vector_sizes(state), "NUM_VALUES": num_values, "num_warps": min(num_warps, 32)}
+    if not backward:
+        sizes["maxnreg"] = 128
     return (min(num_multiprocessors(state.device) * programs_per_sm, num_tokens),), sizes
 
 

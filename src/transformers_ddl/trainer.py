@@ -66,11 +66,16 @@ def sequences_per_step(args: TrainingArguments) -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def keep_output_dtype(accelerator: Accelerator):
-    """Has FSDP2 return losses as models compute them, in float32: accelerate's policy would round them to 16 bits."""
+def keep_dtypes(accelerator: Accelerator):
+    """
+    Has FSDP2 return losses as models compute them, in float32, and hand on gates and targets in float32 from layer to layer:
+    accelerate's policy would round them to 16 bits, and before torch 2.13 not when a checkpointed layer is computed again.
+    """
     if accelerator.is_fsdp2 and accelerator.state.mixed_precision != "no":
         plugin = accelerator.state.fsdp_plugin
-        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, output_dtype=None, cast_forward_inputs=False
+        )
 
 
 class Layout(TrainerCallback, ExportableState):
@@ -100,7 +105,7 @@ class ResumableTrainer(Trainer):
         self.args.include_num_input_tokens_seen = "all"
         # Or copying a batch would wait for the step before, and the device for the next step's launches
         self.accelerator.dataloader_config.non_blocking = self.args.dataloader_pin_memory
-        keep_output_dtype(self.accelerator)
+        keep_dtypes(self.accelerator)
         self.flops_per_token = training_flops(self.model)
         self.last_log = None  # time in seconds, tokens seen, FLOPs
         sharding = "no sharding"

@@ -1,0 +1,99 @@
+# Copyright 2026 The transformers_ddl team. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+Where the time of a training step goes: milliseconds of each GPU kernel, those of most time first, and of each kind of kernel.
+
+    python benchmarks/profile_step.py --models additive cc --output outputs/profile.json
+"""
+
+import argparse
+import collections
+import re
+
+import torch
+from common import DEVICE, MODELS, SIZES, build, free_memory, report
+from torch.profiler import ProfilerActivity, profile
+from train_step import BATCHES, WARMUP, training_step
+
+
+STEPS = 3
+# The first pattern that a kernel's name has decides; Inductor's own kernels are named after what they fuse
+KINDS = {
+    "boundaries": r"^boundary_|^convolution_",
+    "attention": r"flash|fmha|attention|sdpa",
+    "matrix products": r"gemm|nvjet|cutlass|sm90|splitK|cublas",
+    "optimizer": r"adam|multi_tensor",
+    "Inductor": r"^triton_",
+    "copies": r"^Mem",
+    "others": r"",
+}
+
+
+def kind_of(kernel: str) -> str:
+    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE))
+
+
+def measure(name: str, size: str, compiled: bool) -> list[dict]:
+    """For each kernel, milliseconds and launches of a step."""
+    tokens = torch.randint(SIZES[size]["vocab_size"], BATCHES[size], device=DEVICE)
+    step = training_step(build(name, size).to(DEVICE).train(), tokens, compiled)
+    for _ in range(WARMUP):
+        step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(STEPS):
+            step()
+        torch.cuda.synchronize()
+    return sorted(
+        (
+            {
+                "model": name,
+                "kind": kind_of(event.key),
+                "kernel": event.key,
+                "milliseconds": event.self_device_time_total / 1000 / STEPS,
+                "launches": event.count / STEPS,
+            }
+            for event in profiler.key_averages()
+            if event.self_device_time_total > 0
+        ),
+        key=lambda result: -result["milliseconds"],
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["additive", "cc"], choices=list(MODELS))
+    parser.add_argument("--size", default="small", choices=list(SIZES))
+    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--kernels", type=int, default=25, help="number of kernels to report of each model")
+    parser.add_argument("--output", help="JSON file to write")
+    args = parser.parse_args()
+    if DEVICE == "cpu":
+        parser.error("there is no GPU to profile")
+
+    results, totals = [], {}
+    for name in args.models:
+        kernels = measure(name, args.size, compiled=not args.eager)
+        results += kernels[: args.kernels]
+        total = collections.Counter()
+        for result in kernels:
+            total[result["kind"]] += result["milliseconds"]
+        totals[name] = {"all": total.total(), **total}
+        free_memory()
+    columns = {"model": "", "kind": "", "milliseconds": ".3f", "launches": ".0f", "kernel": ".90"}
+    report(results, columns, args.output, size=args.size, compiled=not args.eager, milliseconds=totals)
+
+
+if __name__ == "__main__":
+    main()

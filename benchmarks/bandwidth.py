@@ -128,9 +128,9 @@ def main():
     args = parser.parse_args()
 
     dtype = getattr(torch, args.dtype)
-    copy = copy_bandwidth(dtype, 2**30 if DEVICE == "cuda" else 2**24) / 1e12
     # CUDA graphs cannot be captured on the default stream, and autograd stays on the stream of the forward pass
     with torch.cuda.stream(torch.cuda.Stream() if DEVICE == "cuda" else None):
+        copy = copy_bandwidth(dtype, 2**30 if DEVICE == "cuda" else 2**24) / 1e12
         results = [
             result
             for n in args.channels

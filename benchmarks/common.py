@@ -69,6 +69,20 @@ def now() -> float:
     return time.perf_counter() if DEVICE == "cuda" else time.process_time()
 
 
+def mark() -> torch.cuda.Event | float:
+    """A point in the device's time, for which nobody waits; see `seconds_between`."""
+    if DEVICE == "cpu":
+        return now()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    """To be asked for when the device has done all its work."""
+    return end - start if DEVICE == "cpu" else start.elapsed_time(end) / 1000
+
+
 def free_memory():
     """Of models that nothing refers to any more, compiled ones included."""
     torch.compiler.reset()

@@ -26,7 +26,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from common import DEVICE, MODELS, SIZES, add_ratios, build, free_memory, now, report
+from common import DEVICE, MODELS, SIZES, add_ratios, build, free_memory, mark, report, seconds_between, synchronize
 from transformers.integrations.liger import apply_liger_kernel
 
 from transformers_ddl import DDLForCausalLM
@@ -77,12 +77,15 @@ def measure(names: list[str], size: str, batch: tuple[int, int], args: argparse.
             step()
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times, losses = {name: [] for name in names}, {}
+    # As in training, steps are launched while the device is still at those before
+    marks, losses = {name: [] for name in names}, {}
     for _ in range(args.steps):
         for name, step in steps.items():
-            start = now()
+            start = mark()
             losses[name] = step()
-            times[name].append(now() - start)
+            marks[name].append((start, mark()))
+    synchronize()
+    times = {name: [seconds_between(*each) for each in marks[name]] for name in names}
     return [
         {
             "size": size,

@@ -628,12 +628,6 @@ def read_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
         raise ValueError(f"{source} has no tokenizer that can be read: {error}") from error
 
 
-def shard_size(value: str) -> str:
-    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", value):
-        raise argparse.ArgumentTypeError(f"got {value!r}; allowed: a number of KB, MB, GB or TB, such as 5GB")
-    return value
-
-
 def json_or_text(value: str) -> Any:
     """The value of a field on the command line."""
     try:
@@ -654,14 +648,16 @@ def main(arguments: list[str]):
         llama.add_argument(f"--{name}", type=json_or_text, default=argparse.SUPPRESS, help="field of DDLConfig")
     for kind in (official, llama):
         kind.add_argument("out", help="folder to write, new or empty")
-        kind.add_argument(
-            "--max-shard-size", type=shard_size, default="5GB", help="largest file to write (default: %(default)s)"
-        )
+        kind.add_argument("--max-shard-size", default="5GB", help="largest file to write (default: %(default)s)")
     options = parser.parse_args(arguments)
 
     tokenizer = None
     try:
         check_output_folder(options.out)
+        if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", options.max_shard_size):
+            raise ValueError(
+                f"max-shard-size={options.max_shard_size}; allowed: a number of KB, MB, GB or TB, as in 5GB"
+            )
         if options.kind == "official":
             config, state_dict = convert_official_checkpoint(*read_official_checkpoint(options.source))
             model = DDLForCausalLM.from_pretrained(None, config=config, state_dict=state_dict)

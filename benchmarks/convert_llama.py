@@ -28,7 +28,7 @@ Compilation is not timed, nor are evaluations.
 
 The grid says which texts, sizes and batches; its tokens are those of `transformers-ddl compare run`. Runs are added to
 `results.jsonl` as they end and not repeated: a benchmark that was interrupted continues where it was. The last lines are a table,
-also in `report.json`. In a minute on a CPU:
+also in `report.json`. In a few minutes on a CPU:
 
     python benchmarks/convert_llama.py --grid configs/compare/toy.yaml --data FOLDER_OF_THE_TEXTS --output outputs/toy_llama \
         --pretrain-steps 40 --steps 20
@@ -200,7 +200,7 @@ class Benchmark:
             warmup_steps=steps // 20,
             adam_beta2=0.95,
             weight_decay=0.1,
-            bf16=True,
+            bf16=torch.cuda.is_available(),  # many CPUs are several times slower in it
             use_cpu=not torch.cuda.is_available(),
             eval_strategy="steps",
             eval_steps=math.ceil(steps / 4),

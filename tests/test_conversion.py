@@ -17,10 +17,12 @@ import copy
 import json
 import logging
 import os
+import pickle
 import re
 import subprocess
 import sys
 import textwrap
+import zipfile
 from unittest import mock
 
 import official
@@ -170,6 +172,7 @@ REFUSED_OPTIONS = [
     ("scalar", "first", {"ddl_beta_init": float("nan")}, "ddl_beta_init=nan"),
     ("scalar", "first", {"ddl_v_sigmoid": "false"}, "ddl_v_sigmoid='false'"),
     ("scalar", "first", {"rope_base": "10k"}, "rope_base='10k'"),
+    ("scalar", "first", {"rope_base": 0}, "rope_base=0 .*positive"),
     ("scalar", "first", {"ddl_beta_init": [1.0]}, "ddl_beta_init="),
     ("scalar", "first", {"num_attention_heads": 9}, "num_attention_heads is 9"),
     ("cc", "first", {"ddl_value_channels": 2}, "ddl_value_channels is 2"),
@@ -232,6 +235,14 @@ def test_official_parameters_of_several_dtypes():
     parameters, config = official_checkpoint()
     parameters["ln_f.weight"] = parameters["ln_f.weight"].bfloat16()
     with pytest.raises(ValueError, match="but ln_f.weight of torch.bfloat16; allowed: one dtype"):
+        convert_official_checkpoint(parameters, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32, torch.complex64], ids=str)
+def test_official_parameters_of_dtypes_that_no_model_has(dtype):
+    parameters, config = official_checkpoint()
+    parameters = {name: tensor.to(dtype) for name, tensor in parameters.items()}
+    with pytest.raises(ValueError, match=f"transformer.wte.weight is of {dtype}; allowed: torch.float32,"):
         convert_official_checkpoint(parameters, config)
 
 
@@ -521,6 +532,16 @@ def test_kernels_round_where_a_llama_rounds(options, monkeypatch):
         assert (model(tokens).logits != donor(tokens).logits).float().mean() < 0.1
 
 
+class Trap:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return (open, (str(self.file), "w"))
+
+
 REFUSED_LLAMAS = [
     (
         LlamaConfig,
@@ -605,6 +626,61 @@ def test_damaged_llamas(problem, tmp_path, capsys):
     assert not (tmp_path / "ours").exists()
 
 
+def spoil_llama(folder, how):
+    weights, trap = folder / "model.safetensors", Trap(folder.parent / "executed")
+    if how.startswith("tokenizer"):
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        (folder / "tokenizer.json").write_text("{")
+    elif how == "generation_config is a list":
+        (folder / "generation_config.json").write_text("[]")
+    elif how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:3000])
+    elif how.startswith("index"):
+        weights.unlink()
+        content = {"index is a list": "[]", "index without weight_map": "{}", "index is cut": "{"}[how]
+        (folder / "model.safetensors.index.json").write_text(content)
+    else:
+        weights.unlink()
+        file = folder / "pytorch_model.bin"
+        if how == "text":
+            file.write_text("hello, these are no parameters")
+        elif how == "empty":
+            file.touch()
+        elif how == "another zip":
+            with zipfile.ZipFile(file, "w") as archive:
+                archive.writestr("hello.txt", "hello")
+        elif how == "pickle":
+            file.write_bytes(pickle.dumps({"trap": trap}))
+        elif how == "pickle in a checkpoint":
+            torch.save({"trap": trap}, file)
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("truncated", "no weights that can be read: .*metadata"),
+        ("no weights", "no weights that can be read: .*no file named model.safetensors"),
+        ("text", "damaged, or its files hold more than a model"),
+        ("empty", "damaged, or its files hold more than a model"),
+        ("another zip", "no weights that can be read"),
+        ("pickle", "damaged, or its files hold more than a model"),
+        ("pickle in a checkpoint", "damaged, or its files hold more than a model"),
+        ("index is a list", "damaged, or its files hold more than a model"),
+        ("index without weight_map", "damaged, or its files hold more than a model"),
+        ("index is cut", "no weights that can be read"),
+        ("generation_config is a list", "damaged, or its files hold more than a model"),
+        ("tokenizer is cut", "no tokenizer that can be read"),
+    ],
+)
+def test_llama_files_that_cannot_be_read(how, message, tmp_path, capsys):
+    make_llama().save_pretrained(tmp_path / "llama")
+    spoil_llama(tmp_path / "llama", how)
+    assert convert("llama", tmp_path / "llama", tmp_path / "ours") == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert re.match(f"error: {tmp_path / 'llama'} (has|is) {message}", line)
+    assert [file.name for file in tmp_path.iterdir()] == ["llama"]  # nothing was written, nothing executed
+
+
 @pytest.mark.parametrize("with_tokenizer", [True, False])
 def test_llama_files(with_tokenizer, tmp_path):
     donor, tokens = make_llama("qwen3", torch.bfloat16), random_tokens(2, 7)
@@ -674,14 +750,9 @@ def test_sharded_output(tmp_path):
     assert not any(info.values())
 
 
-class Trap:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return (open, (str(self.file), "w"))
+def test_size_of_shards_is_checked_at_once(tmp_path, capsys):
+    assert convert("official", tmp_path / "theirs", tmp_path / "ours", "--max-shard-size", "5") == 2
+    assert "max-shard-size=5; allowed: a number of KB, MB, GB or TB" in capsys.readouterr().err
 
 
 def test_nothing_in_a_file_is_executed(tmp_path, capsys):
@@ -702,6 +773,10 @@ def spoil(folder, how):
         file.unlink()
     elif how == "text":
         file.rename(folder / "weights.pt").write_text("hello, these are no parameters")
+    elif how == "numbered parameters":
+        torch.save({1: torch.zeros(2)}, file.rename(folder / "weights.pt"))
+    elif how == "sparse parameters":
+        torch.save({"ln_f.weight": torch.zeros(2).to_sparse()}, file.rename(folder / "weights.pt"))
     elif how == "weight_map is a list":
         (folder / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}')
     elif how == "weight_map of numbers":
@@ -727,6 +802,8 @@ def spoil(folder, how):
         ("missing shard", "no file .*model-00002-of-00003.safetensors"),
         ("no weights", "holds no checkpoint"),
         ("text", "weights.pt is damaged"),
+        ("numbered parameters", "weights.pt holds no parameters by name"),
+        ("sparse parameters", "weights.pt holds no parameters by name"),
         ("weight_map is a list", "index.json has no weight_map from parameters to files"),
         ("weight_map of numbers", "index.json has no weight_map from parameters to files"),
         ("no weight_map", "index.json has no weight_map from parameters to files"),

@@ -100,6 +100,7 @@ MATRICES_OF = {
     [
         *[(variant, {}, set(), set()) for variant in VARIANTS],
         ("cc", {"tie_word_embeddings": False}, set(), {"lm_head.weight"}),
+        ("cc", {"value_anchor": 1.0}, set(), of_residuals("anchor_keep", "anchor_add")),
         (
             "scalar",
             {"gate_hidden_size": 5},

@@ -57,6 +57,9 @@ from .configuration_ddl import DDLConfig
 from .modeling_ddl import DDLChannelCompressor, DDLDeltaResidual, DDLForCausalLM, DDLTokenCompressor
 
 
+# Of parameters
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 # Modules of the authors' models, in the names of both of their releases, and ours
 OFFICIAL_MODULES = {
     "transformer.wte": "model.embed_tokens",
@@ -307,6 +310,8 @@ def _official_config(
             "embedding_conv_kernel_size": found[ec_option],
         }
 
+    if options.get("rope_base", 1) <= 0:
+        raise ValueError(f"rope_base={options['rope_base']} cannot be converted; allowed: a positive number")
     rope = {"rope_type": "default", "rope_theta": float(options.get("rope_base", 10_000.0))}
     rope_ratio = float(options.get("rope_ratio", 1.0))
     if not 0 <= rope_ratio <= 1 or (rotary_dim := int(head_dim * rope_ratio) // 2 * 2) == 0:
@@ -347,8 +352,13 @@ def _official_logits_scale(options: dict[str, Any], hidden_size: int, num_hidden
 
 
 def _common_dtype(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
-    """Raises `ValueError` if there are several: a configuration names one, to which all would be cast."""
+    """
+    Raises `ValueError` for one that is not among `DTYPES`, and if there are several: a configuration names one, to which all
+    would be cast.
+    """
     (first, dtype), *others = ((name, tensor.dtype) for name, tensor in tensors.items())
+    if dtype not in DTYPES:
+        raise ValueError(f"{first} is of {dtype}; allowed: {', '.join(map(str, DTYPES))}")
     for name, other in others:
         if other != dtype:
             raise ValueError(f"{first} is of {dtype}, but {name} of {other}; allowed: one dtype")
@@ -409,7 +419,7 @@ def read_official_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor],
         if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
             options = content.get("config", content.get("model_args", {}))
             content = content["model"]
-        if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        if not isinstance(content, Mapping) or not all(map(_is_parameter, content, content.values())):
             raise ValueError(f"{file} holds no parameters by name")
         state_dict.update(content)
     if (folder / CONFIG_NAME).is_file():
@@ -417,6 +427,10 @@ def read_official_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor],
     if not isinstance(options, Mapping) or not options:
         raise ValueError(f"there is no {CONFIG_NAME} beside {files[0].name}, and no options in it")
     return state_dict, dict(options)
+
+
+def _is_parameter(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout is torch.strided
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -456,7 +470,8 @@ def convert_llama(model_or_path: PreTrainedModel | str | Path, **ddl_options) ->
     The model has an anchored target (`value_anchor`, see `delta_rewrite`): `X' = X + β k (W c − (1 − a) ∘ Xᵀk)ᵀ + k̃ bᵀ`. It
     starts at W = 0, a = 1 and b = (1, 0, ..., 0), so that the first value channel is the residual stream of the Llama and
     compressors start by reading that alone. The others hold the token's embedding until something is written to them.
-    W, a, b and the read vectors have gradients from the start, the gates β after one step.
+    W, a, b and the read vectors have gradients from the start, the gates β after one step. Weight decay would take a, b and the
+    read vectors towards 0: [`ResumableTrainer`] spares them, [`~transformers.Trainer`] does not.
 
     Args:
         model_or_path: A causal language model of type llama, mistral or qwen3, which is copied, or the folder or Hub name
@@ -466,8 +481,8 @@ def convert_llama(model_or_path: PreTrainedModel | str | Path, **ddl_options) ->
 
     Raises:
         `ValueError`: naming it, for an option of the Llama that DDL has not (a sliding window, say) or that cannot be
-            chosen here, for a model without a head or with parameters of several dtypes, and for a parameter that is
-            missing, unexpected or of a wrong shape.
+            chosen here, for a model without a head or with parameters of several dtypes, for a parameter that is missing,
+            unexpected or of a wrong shape, and for files that cannot be read, in which nothing is executed.
     """
     if isinstance(model_or_path, PreTrainedModel):
         llama = model_or_path
@@ -483,9 +498,14 @@ def convert_llama(model_or_path: PreTrainedModel | str | Path, **ddl_options) ->
         except Exception as error:  # whatever values lead transformers to
             raise ValueError(f"{model_or_path} has no configuration that can be read: {error}") from error
         config = _llama_config(llama_config, ddl_options)
-        llama, info = AutoModelForCausalLM.from_pretrained(
-            model_or_path, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True
-        )
+        try:
+            llama, info = AutoModelForCausalLM.from_pretrained(
+                model_or_path, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True
+            )
+        except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+            raise ValueError(f"{model_or_path} has no weights that can be read: {error}") from error
+        except Exception as error:  # whatever bytes lead an unpickler to
+            raise ValueError(f"{model_or_path} is damaged, or its files hold more than a model") from error
         _check_loaded(info, model_or_path)
         state_dict = llama.state_dict()
 
@@ -600,6 +620,14 @@ def save_converted(
         unfinished.replace(folder)
 
 
+def read_tokenizer(source: str) -> PreTrainedTokenizerBase | None:
+    """That of a model, None if it has none: without files, `AutoTokenizer` would make an empty one."""
+    try:
+        return AutoTokenizer.from_pretrained(source) if get_tokenizer_config(source) else None
+    except Exception as error:  # whatever files lead tokenizers to
+        raise ValueError(f"{source} has no tokenizer that can be read: {error}") from error
+
+
 def json_or_text(value: str) -> Any:
     """The value of a field on the command line."""
     try:
@@ -626,14 +654,17 @@ def main(arguments: list[str]):
     tokenizer = None
     try:
         check_output_folder(options.out)
+        if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", options.max_shard_size):
+            raise ValueError(
+                f"max-shard-size={options.max_shard_size}; allowed: a number of KB, MB, GB or TB, as in 5GB"
+            )
         if options.kind == "official":
             config, state_dict = convert_official_checkpoint(*read_official_checkpoint(options.source))
             model = DDLForCausalLM.from_pretrained(None, config=config, state_dict=state_dict)
         else:
             ddl_options = {name: value for name, value in vars(options).items() if name in LLAMA_OPTIONS}
             model = convert_llama(options.source, **ddl_options)
-            if get_tokenizer_config(options.source):  # without files, AutoTokenizer would make an empty one
-                tokenizer = AutoTokenizer.from_pretrained(options.source)
+            tokenizer = read_tokenizer(options.source)
         save_converted(options.out, model, tokenizer, max_shard_size=options.max_shard_size)
     except (OSError, SafetensorError, StrictDataclassError, ValueError) as error:
         raise InputError(str(error)) from error

@@ -165,7 +165,7 @@ def finetune(run: FinetuningRun) -> str | None:
         print(f"data: {run.data.source}: {corpus}")
         print(f"model: {trainer.get_num_trainable_parameters():,} parameters are trained")
 
-    results = train_and_evaluate(run, trainer)
+    results = train_and_evaluate(run, trainer, [len(corpus.train), len(corpus.held_out)])
     if run.data.task == "sft":
         results["perplexity"] = math.exp(results["eval_loss"])
     else:

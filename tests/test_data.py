@@ -31,6 +31,7 @@ from transformers import AutoTokenizer, default_data_collator
 from transformers_ddl import data
 from transformers_ddl.cli import InputError
 from transformers_ddl.data import DataArguments, pack, read_corpus
+from transformers_ddl.streaming import DocumentStream
 from transformers_ddl.tokenization import train_tokenizer
 
 
@@ -119,10 +120,42 @@ def test_compressed_files(tmp_path, compression):
     assert sorted(all_texts(corpus)) == sorted(texts)
 
 
-def test_damaged_compressed_file(tmp_path):
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"some text" * 1000)[:-20])
-    with pytest.raises(InputError, match="data.source: cannot read .*a.txt.gz"):
-        read_corpus(DataArguments(str(tmp_path / "a.txt.gz")))
+def test_compressed_file_of_several_frames(tmp_path):
+    lines = "\n".join(sentences(30)).encode()
+    (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(lines[:99]) + zstandard.compress(lines[99:]))
+    assert sorted(all_texts(read_corpus(DataArguments(str(tmp_path / "a.txt.zst"))))) == sorted(sentences(30))
+
+
+def cut_off(content):
+    return content[: len(content) // 2]
+
+
+def invert_in_the_middle(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes(255 - byte for byte in content[middle : middle + 9]) + content[middle + 9 :]
+
+
+@pytest.mark.parametrize("damage", [cut_off, invert_in_the_middle])
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_damaged_compressed_file(tmp_path, name, damage, streaming):
+    """What is before the damage is not taken for all there is."""
+    compress = gzip.compress if name.endswith("gz") else zstandard.compress
+    numbers = np.random.default_rng(0).integers(1 << 60, size=30_000)  # several blocks of zstandard
+    content = compress("".join(json.dumps({"text": str(number)}) + "\n" for number in numbers).encode())
+    (tmp_path / name).write_bytes(damage(content))
+    args = DataArguments(str(tmp_path / name), window=40_000)
+    with pytest.raises(InputError, match=f"data.source: cannot read .*{name}.*: ."):
+        DocumentStream(args, seed=0).sample() if streaming else read_corpus(args)
+
+
+def test_names_that_are_patterns(tmp_path):
+    for name in ("a[1].jsonl", "a1.jsonl", "b?.jsonl"):
+        write_jsonl(tmp_path / name, [{"text": f"{name} {i}"} for i in range(20)])
+    texts = all_texts(read_corpus(DataArguments(str(tmp_path))))
+    assert sorted(texts) == sorted(f"{path.name} {i}" for path in tmp_path.iterdir() for i in range(20))
+    texts = all_texts(read_corpus(DataArguments(str(tmp_path / "a[1].jsonl"))))
+    assert sorted(texts) == sorted(f"a[1].jsonl {i}" for i in range(20))
 
 
 def test_pattern(tmp_path):
@@ -164,6 +197,9 @@ def test_mixture(tmp_path):
         ([{"weight": 1}], "must have the field source and no others but"),
         ([{"source": "a", "wait": 1}], "must have the field source and no others but"),
         ([{"source": "a", "weight": 0}], "weight must be positive, got 0"),
+        ([{"source": "a", "weight": "heavy"}], "weight must be positive, got heavy"),
+        ([{"source": 5}], "source must be a string, got 5"),
+        ([{"source": "a", "text_column": None}], "text_column must be a string, got None"),
     ],
 )
 def test_unusable_mixture(mixture, message):
@@ -240,6 +276,7 @@ def test_missing_source(tmp_path, monkeypatch, source, message):
     [
         ("empty.txt", b"", r"0 for training, 0 held out"),
         ("empty.jsonl", b"", r"1 skipped \(1 empty\), 0 for training, 0 held out"),
+        ("empty.jsonl.gz", gzip.compress(b""), "data.source: cannot read .*: no rows"),
         ("blank.txt", b" \n\n \n", r"0 for training, 0 held out"),
         ("single.txt", b"only one document", r"0 for training, 1 held out"),
         ("copies.txt", b"the same\n" * 50, r"0 for training, 50 held out"),
@@ -249,6 +286,11 @@ def test_missing_source(tmp_path, monkeypatch, source, message):
             "number.jsonl",
             b'{"text": 1}\n{"text": 2}\n',
             "data.text_column: .* holds int64; allowed: a column of strings",
+        ),
+        (
+            "mixed.jsonl",
+            b'{"text": "a"}\n{"text": [1]}\n',
+            "data.text_column: .* holds Json; allowed: a column of str",
         ),
         ("broken.jsonl", b'{"text": "a"}\n{"text": oops\n', "data.source: cannot read .*broken.jsonl"),
         ("broken.parquet", b"not parquet", "data.source: cannot read .*broken.parquet"),

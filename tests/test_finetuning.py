@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from transformers_ddl.checkpoints import last_complete_checkpoint
-from transformers_ddl.cli import main
+from transformers_ddl.cli import InputError, main
 from transformers_ddl.examples import ExampleArguments, read_examples
 from transformers_ddl.finetuning import FinetuningRun, sft_trainer
 from transformers_ddl.settings import read_settings
@@ -521,6 +521,13 @@ def test_every_row_is_accounted_for(tmp_path):
     )
 
 
+@pytest.mark.parametrize("messages", ["hello", [["user", "hello"]], ["hello"]])
+def test_messages_that_are_none(tmp_path, messages):
+    write_json_lines(tmp_path / "chats.jsonl", [{"messages": messages}] * 5)
+    with pytest.raises(InputError, match=r"5 skipped \(5 with a message without role or content\)"):
+        read_examples(ExampleArguments(str(tmp_path / "chats.jsonl")))
+
+
 def test_copies_fall_on_the_same_side(tmp_path):
     write_json_lines(tmp_path / "a.jsonl", LABELLED * 2)
     args = ExampleArguments(str(tmp_path / "*.jsonl"), task="classification", held_out=0.3)
@@ -597,6 +604,10 @@ def test_model_must_be_said(workplace, capsys):
     [
         ([{"text": f"text {i}", "label": "good"} for i in range(20)], "data.label_column: all labels are good"),
         ([{"text": f"text {i}", "stars": i % 5} for i in range(20)], "it must have text and label"),
+        (
+            [{"text": f"text {i}", "label": i / 8} for i in range(20)],
+            "data.label_column: 'label' holds float64; allowed",
+        ),
         ([{"text": f"text {i}", "label": [i]} for i in range(20)], "data.source: cannot read 'rows.jsonl': "),
     ],
 )

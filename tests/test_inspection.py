@@ -25,7 +25,7 @@ from conftest import random_tokens, tiny_model
 from transformers import TrainerCallback, TrainingArguments
 
 from transformers_ddl.cli import main
-from transformers_ddl.delta_stats import QUANTITIES, record_delta_stats
+from transformers_ddl.delta_stats import QUANTITIES, effective_rank, record_delta_stats
 from transformers_ddl.tokenization import train_tokenizer
 from transformers_ddl.trainer import DDLTrainer
 
@@ -88,6 +88,13 @@ def loop_statistics(model, tokens, monkeypatch) -> dict[str, torch.Tensor]:
                         values[name][layer, sublayer, step, t] = value
     assert next(remaining, None) is None
     return values
+
+
+def test_effective_rank_of_a_state_that_has_overflowed():
+    """A training that diverges must not end in an error of this."""
+    state = torch.stack([torch.eye(3, 5), *(torch.full((3, 5), value) for value in (torch.nan, torch.inf, 1e30))])
+    assert effective_rank(state).isnan().tolist() == [False, True, True, True]
+    assert effective_rank(state)[0].item() == pytest.approx(3)
 
 
 @delta_variants

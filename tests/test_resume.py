@@ -16,6 +16,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,9 +30,10 @@ import yaml
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from transformers_ddl import training
+from transformers_ddl import checkpoints, training
 from transformers_ddl.checkpoints import MANIFEST_FILE, find_damage, last_complete_checkpoint, seal
-from transformers_ddl.cli import main
+from transformers_ddl.cli import RunError, main
+from transformers_ddl.data import reading
 from transformers_ddl.trainer import DDLTrainer
 
 
@@ -275,6 +277,20 @@ def test_manifest_covers_folders(tmp_path):
     assert find_damage(tmp_path) == "the content of shards/0.distcp has changed"
 
 
+def test_disk_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "optimizer.pt").write_text("state")
+    seal(tmp_path)
+
+    def fail(file):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoints, "sha_fileobj", fail)
+    assert find_damage(tmp_path) == "optimizer.pt cannot be read: [Errno 5] Input/output error"
+    (tmp_path / MANIFEST_FILE).unlink()
+    (tmp_path / MANIFEST_FILE).mkdir()
+    assert find_damage(tmp_path) == f"{MANIFEST_FILE} cannot be read"
+
+
 def test_another_split_of_the_batch(interrupted, uninterrupted):
     """4 sequences a step, as before. Sums in another order round differently."""
     accumulation = "--training.gradient_accumulation_steps"
@@ -287,6 +303,23 @@ def test_another_batch(interrupted, capsys):
     assert pretrain("--training.gradient_accumulation_steps", "3") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "it is 6; allowed: 4, with which the run in 'out' was begun" in error
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_other_data(workplace, monkeypatch, capsys, streaming):
+    """They would be read in another order, and with a tokenizer that the model does not know."""
+    source = ("--data.streaming", streaming, "--data.window", "25")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "DDLTrainer", with_callback(Interruption))
+        pretrain(*source)
+    corpus = workplace / "corpus.txt"
+    text = corpus.read_text()
+    corpus.write_text("\n".join(f"{i} red bottles, standing on the floor." for i in range(64)) + "\n" + text)
+    assert pretrain(*source) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: data.source: holds other data than when the run in 'out' was begun; allowed: ")
+    corpus.write_text(text)
+    assert pretrain(*source) == 0
 
 
 # ---- Failures ----
@@ -312,6 +345,12 @@ class FullDisk(torch.utils.data.IterableDataset):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def test_disk_that_is_full_for_the_cache(tmp_path):
+    with pytest.raises(RunError, match="the disk is full: data.source: .*; there is no complete checkpoint yet"):
+        with training.explaining_failures(tmp_path), reading("corpus.txt"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_disk_that_is_full_for_the_process_that_reads_data():
     """In one line, without the traceback that torch puts into the message."""
     with pytest.raises(OSError) as raised:
@@ -332,6 +371,24 @@ def test_loss_that_is_not_finite(workplace, monkeypatch, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == "error: loss is nan at step 15; out/checkpoint-12 is complete"
     assert find_damage(workplace / "out" / "checkpoint-12") is None
+
+
+def test_loss_that_is_not_finite_after_the_last_log(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(training, "DDLTrainer", with_callback(Poison))
+    never = ("--training.save_strategy", "no", "--training.logging_steps", "10", "--training.max_steps", "16")
+    assert pretrain(*never) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "error: loss is nan at step 16; there is no complete checkpoint yet"
+    assert not (workplace / "out" / "eval_results.json").exists()
+
+
+def test_held_out_loss_without_a_perplexity(workplace, capsys):
+    diverging = ("--training.learning_rate", "1e3", "--training.max_grad_norm", "0", "--training.max_steps", "4")
+    assert pretrain(*diverging) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r"error: the loss on held-out data is [\d.]+: training has diverged; out/checkpoint-4 is complete", error
+    )
 
 
 class CrashingData(torch.utils.data.Dataset):

@@ -23,7 +23,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from transformers_ddl.cli import InputError
+from transformers_ddl.cli import InputError, RunError
 from transformers_ddl.data import DataArguments
 from transformers_ddl.streaming import DocumentStream, StreamedText, ahead
 from transformers_ddl.tokenization import train_tokenizer
@@ -153,6 +153,19 @@ def test_counts(args, tokenizer, tmp_path):
     assert counts.documents.held_out == sum(len(held_out) for _, held_out, *_ in expected)
     assert counts.num_bytes == sum(len(document.encode()) for train, *_ in expected for document in train)
     assert counts.num_tokens > counts.documents.train
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_source_that_breaks_off(tokenizer, tmp_path, num_workers):
+    """A run cannot go on then, but has begun: the rest of what is there has been read."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"sentence {i}"}) + "\n" for i in range(3000)))
+    (tmp_path / "b.jsonl").write_text('{"text": oops}\n')
+    args = DataArguments(str(tmp_path), streaming=True, window=500, held_out=0.1, held_out_documents=3)
+    text = streamed(args, tokenizer, tmp_path / "journal")
+    assert text.stream.sample().counts.held_out == 3
+    with pytest.raises(RunError, match="data.source: cannot read .*: JSON parse error"):
+        read(text, 0, 100_000, num_workers)
+    assert len((tmp_path / "journal").read_text().splitlines()) > 2
 
 
 @pytest.mark.parametrize("content", ["", '{"text": " "}\n'])

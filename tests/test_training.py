@@ -356,6 +356,20 @@ def test_runs_are_reproducible(workplace):
         (["--training.do_train", "false"], "training.do_train: cannot be set, the command decides it"),
         (["--training.optim", "magic"], "training: magic is not a valid OptimizerNames"),
         (["--training.report_to", "abacus"], "training: abacus is not supported"),
+        (["--training.max_steps", "0"], "training.max_steps: 0; allowed: at least 1, or -1 for num_train_epochs"),
+        (
+            ["--training.max_steps=-1", "--training.num_train_epochs", "0"],
+            "training.num_train_epochs: 0; allowed: mor",
+        ),
+        (["--training.per_device_train_batch_size", "0"], "per_device_train_batch_size: 0; allowed: at least 1"),
+        (["--training.gradient_accumulation_steps", "0"], "gradient_accumulation_steps: 0; allowed: at least 1"),
+        (["--training.dataloader_num_workers", "-1"], "training.dataloader_num_workers: -1; allowed: at least 0"),
+        (["--training.learning_rate", ".nan"], "training.learning_rate: nan; allowed: at least 0"),
+        (["--training.adam_beta2", "9.5"], "training.adam_beta2: 9.5; allowed: 0 to 0.99999"),
+        (["--training.seed", "-1"], "training.seed: -1; allowed: 0 to 4294967295"),
+        (["--training.output_dir", ""], "training.output_dir: missing; every run must say it"),
+        (["--model.attn_implementation", "magic"], 'model: Specified `attn_implementation="magic"` is not supported'),
+        (["--dry-run", "--model.attn_implementation", "magic"], 'model: Specified `attn_implementation="magic"` is'),
         (["--model.max_position_embeddings", "1"], "model.max_position_embeddings: 1 leaves no token to predict"),
         (
             ["--data.packing", "documents", "--model.attn_implementation", "flash_attention_2"],
@@ -378,6 +392,11 @@ def test_runs_are_reproducible(workplace):
             "data: source: {'weight': 1} must have the field source and no others but",
         ),
         (["--data.source", "[{source: corpus.txt, weight: -1}]"], "data: weight must be positive, got -1"),
+        (
+            ["--data.source", "[{source: corpus.txt}]", "--data.subset", "small"],
+            "data: text_column and subset are fields of each source of a mixture",
+        ),
+        (["--data.source", "*.missing"], "data.source: no file or folder '*.missing'"),
         (["--data.source", "[{source: corpus.txt}, {source: missing.txt}]"], "no file or folder 'missing.txt'"),
         (
             ["--data.streaming", "true", "--training.max_steps", "-1"],

@@ -60,7 +60,7 @@ def find_damage(checkpoint: Path) -> str | None:
         manifest = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "saving it was interrupted"
-    except ValueError:
+    except (OSError, ValueError):
         return f"{MANIFEST_FILE} cannot be read"
     for name, expected in manifest.items():
         path = checkpoint / name
@@ -68,9 +68,13 @@ def find_damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{name} has {path.stat().st_size:,} bytes instead of {expected['size']:,}"
-        with open(path, "rb") as file:
-            if sha_fileobj(file).hex() != expected["sha256"]:
-                return f"the content of {name} has changed"
+        try:
+            with open(path, "rb") as file:
+                sha256 = sha_fileobj(file).hex()
+        except OSError as error:  # of a disk that fails
+            return f"{name} cannot be read: {error}"
+        if sha256 != expected["sha256"]:
+            return f"the content of {name} has changed"
     return None
 
 

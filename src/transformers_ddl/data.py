@@ -44,7 +44,6 @@ from datasets import (
     interleave_datasets,
     load_dataset,
 )
-from datasets.exceptions import DatasetsError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedTokenizerBase
 
@@ -89,7 +88,11 @@ class TextSource:
     weight: float = 1.0
 
     def __post_init__(self):
-        if not 0 < self.weight < math.inf:
+        for name in ("source", "text_column", "subset"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (name == "subset" and value is None):
+                raise ValueError(f"{name} must be a string, got {value!r}")
+        if not isinstance(self.weight, int | float) or not 0 < self.weight < math.inf:
             raise ValueError(f"weight must be positive, got {self.weight}")
 
 
@@ -141,6 +144,10 @@ class DataArguments:
         if not self.source:
             raise ValueError("source must name at least one source")
         if not isinstance(self.source, str):
+            if self.text_column != "text" or self.subset is not None:
+                raise ValueError(
+                    "text_column and subset are fields of each source of a mixture; none may be set beside it"
+                )
             allowed = {field.name for field in fields(TextSource)}
             for each in self.source:
                 if "source" not in each or not each.keys() <= allowed:
@@ -301,7 +308,7 @@ def load_documents(
         if file_type(file) == "text" or stat.st_size == 0:
             texts.append((str(file), stat.st_size, stat.st_mtime_ns))  # the key to the cached table
         else:
-            tables.setdefault(file_type(file), []).append(str(file))
+            tables.setdefault(file_type(file), []).append(glob.escape(str(file)))  # `datasets` takes it for a pattern
 
     parts = []
     if texts:
@@ -319,8 +326,11 @@ def load_documents(
 def reading(source: str) -> Iterator[None]:
     try:
         yield
-    except (DatasetsError, OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"data.source: cannot read {source!r}: {error.__cause__ or error}") from error
+    except InputError:
+        raise
+    except Exception as error:  # what parsers and decompressors raise has no base of its own
+        reason = str(error.__cause__ or error) or "no rows"  # a bare StopIteration, from the reader of JSON
+        raise InputError(f"data.source: cannot read {source!r}: {reason}") from error
 
 
 def file_type(path: Path) -> str:
@@ -369,8 +379,7 @@ def _read_texts(files: list[tuple[str, int, int]], split: bool) -> Iterator[dict
     """The documents of text files, each of which is one or is split into several."""
     for path, *_ in files:
         try:
-            with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
-                text = file.read()
+            text = _read_text(path)
         except UnicodeDecodeError:
             yield {"text": None, "problem": "not UTF-8"}
             continue
@@ -381,6 +390,22 @@ def _read_texts(files: list[tuple[str, int, int]], split: bool) -> Iterator[dict
                 texts = text.strip().split("\n")
         for text in texts:
             yield {"text": text, "problem": None}
+
+
+def _read_text(path: str) -> str:
+    with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
+        text = file.read()
+    if path.lower().endswith(".zst"):  # of a file that is cut off, the reader would take what is there
+        import zstandard
+
+        rest = Path(path).read_bytes()
+        while rest:
+            frame = zstandard.ZstdDecompressor().decompressobj()
+            frame.decompress(rest)
+            if not frame.eof:
+                raise EOFError(f"{path} ends before its content does")
+            rest = frame.unused_data
+    return text
 
 
 def _load_table(
@@ -403,7 +428,11 @@ def _load_table(
         if not streaming:
             table = load_dataset(path, split="train", num_proc=num_proc, **options)
 
-    dtype = table.features[column].dtype if table.features else type(row[column]).__name__  # JSON has no schema
+    if table.features:
+        feature = table.features[column]
+        dtype = feature.dtype if isinstance(feature, Value) else type(feature).__name__
+    else:
+        dtype = type(row[column]).__name__  # JSON has no schema
     if dtype not in ("string", "large_string", "str", "NoneType"):
         raise InputError(
             f"data.text_column: column {column!r} of {source.source!r} holds {dtype}; allowed: a column of strings"

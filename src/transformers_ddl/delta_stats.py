@@ -190,9 +190,11 @@ class DeltaStats:
 def effective_rank(state: torch.Tensor) -> torch.Tensor:
     """
     e to the entropy of the normalised singular values (Roy and Vetterli, 2007) of `[..., n, hidden_size]`, from 1 to n:
-    `[...]`. Singular values below 1e-3 of the largest are not resolved in float32.
+    `[...]`. Singular values below 1e-3 of the largest are not resolved in float32. NaN where the state is 0 or too large.
     """
-    values = torch.linalg.eigvalsh(state @ state.mT).clamp(min=0).sqrt()
+    gram = state @ state.mT
+    finite = gram.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+    values = torch.linalg.eigvalsh(gram.where(finite, 0)).clamp(min=0).sqrt()  # it raises for others
     return torch.special.entr(values / values.sum(-1, keepdim=True)).sum(-1).exp()
 
 

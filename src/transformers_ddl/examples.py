@@ -17,6 +17,7 @@ Examples to fine-tune on: rows of tables, of which some are held out.
 As with documents, every row is accounted for: it is used for training, held out, or counted as skipped with the reason.
 """
 
+import glob
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -97,7 +98,7 @@ def read_rows(args: ExampleArguments) -> Dataset:
                 f"data.source: {args.source!r} holds files of type {', '.join(sorted(types))}; "
                 "allowed: either JSON (.json, .jsonl) or Parquet (.parquet)"
             )
-        paths = sorted(map(str, files))
+        paths = [glob.escape(path) for path in sorted(map(str, files))]  # `datasets` takes them for patterns
         return load_dataset(types.pop(), data_files=paths, split="train", num_proc=args.num_proc)
 
 
@@ -117,6 +118,8 @@ def select_columns(rows: Dataset, args: ExampleArguments) -> Dataset:
         )
     rows = rows.select_columns([*columns]).rename_columns(columns)
     if args.task == "classification" and not isinstance(rows.features["label"], ClassLabel):
+        if (dtype := getattr(rows.features["label"], "dtype", "")).startswith("float"):
+            raise InputError(f"data.label_column: {args.label_column!r} holds {dtype}; allowed: strings or integers")
         with reading(args.source):
             rows = rows.class_encode_column("label")
     return rows
@@ -150,7 +153,10 @@ def problem_to_answer(example: dict[str, Any]) -> str | None:
         conversation = prompt + completion
     if not conversation:
         return "without messages"
-    if any(not isinstance(message.get("content"), str) or not message.get("role") for message in conversation):
+    if not isinstance(conversation, list) or any(
+        not isinstance(message, dict) or not isinstance(message.get("content"), str) or not message.get("role")
+        for message in conversation
+    ):
         return "with a message without role or content"
     answers = conversation if "messages" in example else completion
     return None if any(message["role"] == "assistant" for message in answers) else "without an answer"

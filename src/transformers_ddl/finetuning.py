@@ -38,7 +38,7 @@ from .data import Corpus
 from .examples import ExampleArguments, read_examples
 from .inputs import blaming
 from .modeling_ddl import DDLForCausalLM, DDLForSequenceClassification
-from .settings import AnchorArguments, CheckedSettings, Settings, build_sections, read_settings
+from .settings import AnchorArguments, CheckedSettings, Settings, build_sections, check_model, read_settings
 from .tokenization import load_tokenizer
 from .trainer import ResumableTrainer
 from .training import (
@@ -96,6 +96,7 @@ class FinetuningRun(CheckedSettings):
             "anchor": AnchorArguments,
         }
         sections = build_sections(settings, classes)
+        check_model(sections["model"])
         if "lora" not in settings:
             sections["lora"] = None
         elif sections["anchor"].annealing_steps is not None:
@@ -164,7 +165,7 @@ def finetune(run: FinetuningRun) -> str | None:
         print(f"data: {run.data.source}: {corpus}")
         print(f"model: {trainer.get_num_trainable_parameters():,} parameters are trained")
 
-    results = train_and_evaluate(run, trainer)
+    results = train_and_evaluate(run, trainer, [len(corpus.train), len(corpus.held_out)])
     if run.data.task == "sft":
         results["perplexity"] = math.exp(results["eval_loss"])
     else:

@@ -21,11 +21,13 @@ from, gives the other fields of the model the values that they have there.
 """
 
 import difflib
+import math
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypedDict, get_args, get_type_hints
 
+import torch
 import yaml
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -36,6 +38,7 @@ from .cli import InputError
 from .configuration_ddl import DDLConfig
 from .data import DataArguments
 from .inputs import YamlLoader, blaming, read_yaml
+from .modeling_ddl import DDLForCausalLM
 
 
 @dataclass
@@ -95,6 +98,20 @@ SECTIONS = {
     "anchor": AnchorArguments,
 }
 REQUIRED_FIELDS = {"data": "source", "training": "output_dir"}
+# The least and the largest value of fields of `training` for which the library would fail only once the run has begun.
+LIMITS = {
+    "adam_beta1": (0, 0.99999),
+    "adam_beta2": (0, 0.99999),
+    "adam_epsilon": (0, math.inf),
+    "dataloader_num_workers": (0, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "learning_rate": (0, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "per_device_train_batch_size": (1, math.inf),
+    "seed": (0, 2**32 - 1),
+    "warmup_steps": (0, math.inf),
+    "weight_decay": (0, math.inf),
+}
 # Fields that would have no effect, or contradict what a command does, and who decides instead.
 RESERVED_FIELDS = {
     "data": {},
@@ -160,7 +177,8 @@ def read_settings(paths: list[str | Path], overrides: list[str]) -> Settings:
             if not isinstance(values, dict):
                 raise InputError(f"{name}: {parent} is {values!r} and has no fields")
         try:
-            values[field] = yaml.load(value, YamlLoader)
+            # A pattern of files may begin with what begins an alias, of which there are none
+            values[field] = value if value.startswith("*") else yaml.load(value, YamlLoader)
         except yaml.YAMLError as error:
             raise InputError(f"{name}: {value!r} is not YAML: {error}") from error
     return settings
@@ -219,6 +237,7 @@ class Run(CheckedSettings):
                 f"model.attn_implementation: {attention!r} would not keep documents apart, as data.packing says; "
                 "allowed: sdpa, eager or flex_attention"
             )
+        check_model(sections["model"])
         return sections
 
 
@@ -244,9 +263,31 @@ def build_sections(settings: Settings, classes: dict[str, type]) -> dict[str, An
             _check_fields(section, section_class, values)
         with blaming(section):
             sections[section] = section_class(**values)
+    _check_training(sections["training"])
     if sections["anchor"].annealing_steps is not None and sections["model"].value_anchor is None:
         raise InputError("anchor.annealing_steps: the model has no anchors; allowed: a model with value_anchor")
     return sections
+
+
+def check_model(config: DDLConfig):
+    """
+    Raises:
+        `InputError`: if there can be no such model, for its attention is not there for instance.
+    """
+    with blaming("model"), torch.device("meta"):
+        DDLForCausalLM(config)
+
+
+def _check_training(args: TrainingArguments):
+    for name, (least, most) in LIMITS.items():
+        value = getattr(args, name)
+        if not least <= value <= most:
+            allowed = f"at least {least}" if most == math.inf else f"{least} to {most}"
+            raise InputError(f"training.{name}: {value}; allowed: {allowed}")
+    if args.max_steps == 0 or args.max_steps < -1:
+        raise InputError(f"training.max_steps: {args.max_steps}; allowed: at least 1, or -1 for num_train_epochs")
+    if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:
+        raise InputError(f"training.num_train_epochs: {args.num_train_epochs}; allowed: more than 0")
 
 
 def read_config(name: str | None = None, **fields) -> DDLConfig:
@@ -279,5 +320,5 @@ def _check_fields(section: str, section_class: type, values: dict[str, Any]):
             allowed = hint.__name__ if isinstance(hint, type) else hint
             raise InputError(f"{section}.{name}: {value!r} has the wrong type; allowed: {allowed}") from error
     required = REQUIRED_FIELDS.get(section)
-    if required is not None and required not in values:
+    if required is not None and not values.get(required):
         raise InputError(f"{section}.{required}: missing; every run must say it")

@@ -36,7 +36,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from .checkpoints import write_atomically
-from .cli import InputError
+from .cli import InputError, RunError
 from .data import (
     DOCUMENTS,
     TOKENS,
@@ -47,6 +47,7 @@ from .data import (
     TextCounts,
     check_documents,
     load_documents,
+    reading,
     tokenize,
 )
 
@@ -79,16 +80,21 @@ class DocumentStream:
         """
         From `state` on, for each window: the texts to train on, shuffled, those that are held out, the number of skipped
         documents by reason, and the state after it.
+
+        Raises:
+            `InputError`: if a source cannot be read any further, or has nothing to train on.
         """
         passes = list(state["passes"])
         for source, position in zip(self.sources, state["positions"]):
             source.load_state_dict(copy.deepcopy(position))
         iterators = [iter(source) for source in self.sources]
+        names = [source.source for source in self.args.sources]
         for window in count(state["window"]):
             generator = np.random.default_rng([self.seed, window])
             documents = {"text": [], "problem": []}
             for drawn in generator.choice(len(self.sources), size=self.args.window, p=self.probabilities):
-                document = next(iterators[drawn], None)
+                with reading(names[drawn]):
+                    document = next(iterators[drawn], None)
                 if document is None:
                     passes[drawn] += 1
                     self.sources[drawn].load_state_dict(copy.deepcopy(self.beginnings[drawn]))
@@ -159,7 +165,8 @@ class StreamedText(torch.utils.data.IterableDataset):
     """
     The [`Blocks`] of each window of a stream, one after the other.
 
-    One process reads it, the main one or the only worker of a data loader.
+    One process reads it, the main one or the only worker of a data loader. It raises a `RunError` where a source cannot be read
+    any further.
 
     Args:
         journal: File in which the windows are recorded. It may go beyond the block to begin at, and end in half a line.
@@ -204,6 +211,8 @@ class StreamedText(torch.utils.data.IterableDataset):
                 for index in range(max(0, self.first_block - num_blocks), len(window.blocks)):
                     yield window.blocks[index]
                 num_blocks += len(window.blocks)
+        except InputError as error:
+            raise RunError(str(error)) from error
         finally:
             pool.shutdown(cancel_futures=True)
 

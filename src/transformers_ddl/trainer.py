@@ -79,11 +79,17 @@ def keep_dtypes(accelerator: Accelerator):
 
 
 class Layout(TrainerCallback, ExportableState):
-    """Keeps in every checkpoint what a run must have in common with it to be continued from it."""
+    """
+    Keeps in every checkpoint what a run must have in common with it to be continued from it.
 
-    def __init__(self, sequences_per_step: int, sharding: str):
+    Args:
+        data: Amounts of what is trained and evaluated on, by which it is known again.
+    """
+
+    def __init__(self, sequences_per_step: int, sharding: str, data: list[int] | None = None):
         self.sequences_per_step = sequences_per_step
         self.sharding = sharding
+        self.data = data
 
     def state(self) -> dict:
         return {"args": vars(self), "attributes": {}}
@@ -145,8 +151,10 @@ class ResumableTrainer(Trainer):
         super().log(logs, start_time)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        # Or the first loss that a continued run logs would be a mean over other steps than in an uninterrupted one
-        self.control.should_log |= self.control.should_save
+        # Or the first loss that a continued run logs would be a mean over other steps than in an uninterrupted one (an
+        # evaluation may decide to save), and nobody would look at the losses after the last one that is logged
+        control, state = self.control, self.state
+        control.should_log |= control.should_save or control.should_evaluate or state.global_step >= state.max_steps
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial):

@@ -370,7 +370,10 @@ def pretrain(run: Run) -> str | None:
         )
         check_repository(trainer)
 
-    results = comparable(train_and_evaluate(run, trainer), text.held_out)
+    amounts = [len(tokenizer), text.held_out.num_tokens, text.held_out.num_bytes]
+    if text.counts is not None:
+        amounts += [text.counts.num_tokens, text.counts.num_bytes]
+    results = comparable(train_and_evaluate(run, trainer, amounts), text.held_out)
     trainer.save_model()
     if trainer.is_world_process_zero():
         if text.counts is None:
@@ -386,8 +389,18 @@ def check_repository(trainer: Trainer):
         HfApi().auth_check(trainer.hub_model_id, write=True)  # Trainer is content with one that can be read
 
 
-def train_and_evaluate(run: CheckedSettings, trainer: ResumableTrainer) -> dict[str, float]:
-    """Trains from the last complete checkpoint to the end; the model can then be saved. Returns Trainer's metrics."""
+def train_and_evaluate(run: CheckedSettings, trainer: ResumableTrainer, amounts: list[int]) -> dict[str, float]:
+    """
+    Trains from the last complete checkpoint to the end; the model can then be saved. Returns Trainer's metrics.
+
+    Args:
+        amounts: Of the data; see [`Layout`].
+
+    Raises:
+        `InputError`: if the checkpoint is of a run that this cannot continue.
+        `RunError`: if a loss is not finite, or that on held-out data is too large for a perplexity.
+    """
+    trainer.layout.data = amounts
     if run.anchor.annealing_steps is not None:
         if trainer.is_deepspeed_enabled:  # which would undo it: it has copies of the parameters
             raise InputError("anchor.annealing_steps: cannot be set with DeepSpeed")
@@ -401,6 +414,8 @@ def train_and_evaluate(run: CheckedSettings, trainer: ResumableTrainer) -> dict[
     with speed_in_progress_bar(trainer):
         train_from_last_checkpoint(trainer)
         metrics = trainer.evaluate()
+    if not metrics["eval_loss"] < 700:  # not a number, or the perplexity is none
+        raise RunError(f"the loss on held-out data is {metrics['eval_loss']}: training has diverged")
     config.use_cache = True  # Trainer turned it off, and generating without is slow
     trainer.args.push_to_hub = False  # or `save_model` would, before the rest is there and with a card of its own
     return metrics
@@ -448,6 +463,11 @@ def train_from_last_checkpoint(trainer: ResumableTrainer):
             f"accelerate: this is {trainer.layout.sharding}; allowed: {begun['sharding']}, with which the run in "
             f"{trainer.args.output_dir!r} was begun"
         )
+    if trainer.layout.data != begun["data"]:
+        raise InputError(
+            f"data.source: holds other data than when the run in {trainer.args.output_dir!r} was begun; allowed: the same, "
+            "or another training.output_dir"
+        )
     if isinstance(trainer.train_dataset, StreamedText):
         trainer.train_dataset.first_block = blocks_seen(trainer)
     if trainer.state.global_step < trainer.state.max_steps:
@@ -462,9 +482,9 @@ def explaining_failures(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, InputError):
+        reason = message(error) if isinstance(error, RunError) else explain(error)
+        if reason is None and isinstance(error, InputError):
             raise InputError(message(error)) from error
-        reason = str(error) if isinstance(error, RunError) else explain(error)
         if reason is None:
             raise
         checkpoint = last_complete_checkpoint(folder)

@@ -25,6 +25,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from lm_eval.__main__ import cli_evaluate
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from transformers_ddl.cli import main
@@ -185,9 +186,16 @@ def test_lm_eval_with_the_package(variant, tokenizer, workplace, only_local_task
     assert json.loads(file.read_text())["results"]["opposites"]["acc,none"] == accuracy(model, tokenizer)
 
 
-def test_command_on_tasks(tokenizer, workplace, only_local_tasks, capsys):
+def test_command_on_tasks(tokenizer, workplace, only_local_tasks, monkeypatch, capsys):
     model = make_model("cc", tokenizer)
     folder = save(model, tokenizer, workplace / "model")
+    loglikelihood, contexts = HFLM.loglikelihood, []
+
+    def record(self, requests, **kwargs):
+        contexts.extend(request.args[0] for request in requests)
+        return loglikelihood(self, requests, **kwargs)
+
+    monkeypatch.setattr(HFLM, "loglikelihood", record)
     command = ["evaluate", folder, "--tasks", "opposites", "--include-path", str(TASKS)]
     output = workplace / "results.json"
     for num_fewshot in (0, 1):
@@ -196,6 +204,8 @@ def test_command_on_tasks(tokenizer, workplace, only_local_tasks, capsys):
         assert "opposites" in capsys.readouterr().out
         results = json.loads(output.read_text())
         assert results["num_fewshot"] == num_fewshot
+        assert {context.count("The opposite of") for context in contexts} == {1 + num_fewshot}
+        contexts.clear()
         if num_fewshot == 0:
             assert results["tasks"]["opposites"]["acc,none"] == accuracy(model, tokenizer)
 
@@ -229,6 +239,15 @@ def test_unusable_input_of_the_command(options, message, workplace, only_local_t
     assert main(["evaluate", "nowhere", *options]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
+
+
+def test_script_in_a_checkout(tmp_path):
+    """It has the name of a library that it imports."""
+    (tmp_path / "text.txt").write_text("text")
+    command = [sys.executable, ROOT / "scripts" / "evaluate.py", "nowhere", "--text", "text.txt"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith("error: model: cannot load 'nowhere'")
 
 
 def test_paper_tasks_need_their_data(workplace, capsys):

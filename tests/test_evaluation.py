@@ -122,6 +122,7 @@ def test_bits_per_byte_leaves_the_mode_of_the_model(tokenizer, tmp_path):
         ({"predictions": ["", ""]}, "must hold text"),
         ({"stride": 65}, r"between 1 and max_length \(64\), got 65"),
         ({"stride": -1}, "got -1"),
+        ({"stride": 0}, "got 0"),
     ],
 )
 def test_unusable_input_of_bits_per_byte(options, message, tokenizer, tmp_path):
@@ -232,7 +233,11 @@ def test_command_on_text(tokenizer, workplace, capsys):
         (["--text", "missing.txt"], "--text: cannot read 'missing.txt'"),
         (["--text", "setup.cfg"], "model: cannot load 'nowhere'"),
         (["--text", "setup.cfg", "--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
+        (["--text", "setup.cfg", "--stride", "0"], "--stride: must be at least 1, got 0"),
+        (["--tasks", "opposites", "--num-fewshot", "-1"], "--num-fewshot: must be at least 0, got -1"),
+        (["--tasks", "opposites", "--limit", "0"], "--limit: must be at least 1, got 0"),
         (["--text", "setup.cfg", "--output", "missing/results.json"], "--output: no folder 'missing'"),
+        (["--text", "setup.cfg", "--output", "tests"], "--output: 'tests' is a folder"),
     ],
 )
 def test_unusable_input_of_the_command(options, message, workplace, only_local_tasks, capsys):

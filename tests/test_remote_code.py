@@ -65,8 +65,6 @@ def checkpoints(tmp_path_factory) -> Path:
         model = tiny_model(variant, getattr(transformers_ddl, class_name), pad_token_id=0)
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-        # Some CPUs round matrix products by where in memory the weights begin: loaded ones begin at the same places
-        model = type(model).from_pretrained(root / name)
         with torch.no_grad():
             outputs.append(
                 (name, class_name.replace("DDL", "Auto" if name == "base" else "AutoModel"), model(input_ids)[0])

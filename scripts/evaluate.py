@@ -14,9 +14,13 @@
 """`transformers-ddl evaluate`, for a checkout."""
 
 import sys
+from pathlib import Path
 
 from transformers_ddl.cli import main
 
+
+# Python looks for modules in this folder first, where it would take this file for the library `evaluate`
+sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
 if __name__ == "__main__":
     sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -20,6 +20,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Several threads only wait for each other in models this small: one is ten times as fast. Read when torch is imported, by the
 # processes that tests start too: other numbers of threads round otherwise
 os.environ["OMP_NUM_THREADS"] = "1"
+# On some CPUs, rounding would depend on where in memory a tensor begins, and a loaded model would differ from the saved one
+os.environ["MKL_CBWR"] = "AUTO"
 
 import pytest
 import torch

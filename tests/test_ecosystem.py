@@ -19,7 +19,8 @@ from accelerate import cpu_offload, infer_auto_device_map
 from conftest import CONV_VARIANTS, VARIANTS, close, random_tokens, tiny_model
 from torch import nn
 from torch._dynamo.exc import Unsupported
-from transformers import AutoModelForCausalLM, TextStreamer, TorchAoConfig, pipeline
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, TextStreamer, TorchAoConfig, Trainer, TrainingArguments, pipeline
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -72,9 +73,10 @@ def continuation(model, tokenizer, input_ids: list[int]) -> str:
 
 
 @variants
-def test_pipeline(saved, tokenizer):
+def test_pipeline(saved, tokenizer, monkeypatch):
     """One by one, and in a batch, where the shorter text is padded."""
     model, folder = saved
+    monkeypatch.setattr("transformers.pipelines.base.logger.error", pytest.fail)  # that the model is not supported
     expected = [continuation(model, tokenizer, tokenizer(text).input_ids) for text in TEXTS]
     generator = pipeline("text-generation", model=str(folder), device="cpu")
     for batch_size in (1, 2):
@@ -102,6 +104,19 @@ def test_streaming(saved, tokenizer, capsys):
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(**inputs, streamer=streamer, **GENERATE)
     assert capsys.readouterr().out == continuation(model, tokenizer, inputs.input_ids[0].tolist()) + "\n"
+
+
+# ---- Trainer ----
+
+
+def test_label_smoothing(tmp_path):
+    """`Trainer` computes this loss itself, and shifts the labels of models that it takes for causal ones."""
+    model, tokens = tiny_model(), random_tokens(2, 9)
+    trainer = Trainer(
+        model, TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to="none")
+    )
+    expected = cross_entropy(logits_of(model, tokens)[:, :-1].mT, tokens[:, 1:], label_smoothing=0.1)
+    close(trainer.compute_loss(model, {"input_ids": tokens, "labels": tokens}), expected)
 
 
 # ---- torch.export ----

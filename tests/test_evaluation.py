@@ -25,6 +25,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from lm_eval.__main__ import cli_evaluate
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from transformers_ddl.cli import main
@@ -121,6 +122,7 @@ def test_bits_per_byte_leaves_the_mode_of_the_model(tokenizer, tmp_path):
         ({"predictions": ["", ""]}, "must hold text"),
         ({"stride": 65}, r"between 1 and max_length \(64\), got 65"),
         ({"stride": -1}, "got -1"),
+        ({"stride": 0}, "got 0"),
     ],
 )
 def test_unusable_input_of_bits_per_byte(options, message, tokenizer, tmp_path):
@@ -185,9 +187,16 @@ def test_lm_eval_with_the_package(variant, tokenizer, workplace, only_local_task
     assert json.loads(file.read_text())["results"]["opposites"]["acc,none"] == accuracy(model, tokenizer)
 
 
-def test_command_on_tasks(tokenizer, workplace, only_local_tasks, capsys):
+def test_command_on_tasks(tokenizer, workplace, only_local_tasks, monkeypatch, capsys):
     model = make_model("cc", tokenizer)
     folder = save(model, tokenizer, workplace / "model")
+    loglikelihood, contexts = HFLM.loglikelihood, []
+
+    def record(self, requests, **kwargs):
+        contexts.extend(request.args[0] for request in requests)
+        return loglikelihood(self, requests, **kwargs)
+
+    monkeypatch.setattr(HFLM, "loglikelihood", record)
     command = ["evaluate", folder, "--tasks", "opposites", "--include-path", str(TASKS)]
     output = workplace / "results.json"
     for num_fewshot in (0, 1):
@@ -196,6 +205,8 @@ def test_command_on_tasks(tokenizer, workplace, only_local_tasks, capsys):
         assert "opposites" in capsys.readouterr().out
         results = json.loads(output.read_text())
         assert results["num_fewshot"] == num_fewshot
+        assert {context.count("The opposite of") for context in contexts} == {1 + num_fewshot}
+        contexts.clear()
         if num_fewshot == 0:
             assert results["tasks"]["opposites"]["acc,none"] == accuracy(model, tokenizer)
 
@@ -222,13 +233,26 @@ def test_command_on_text(tokenizer, workplace, capsys):
         (["--text", "missing.txt"], "--text: cannot read 'missing.txt'"),
         (["--text", "setup.cfg"], "model: cannot load 'nowhere'"),
         (["--text", "setup.cfg", "--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
+        (["--text", "setup.cfg", "--stride", "0"], "--stride: must be at least 1, got 0"),
+        (["--tasks", "opposites", "--num-fewshot", "-1"], "--num-fewshot: must be at least 0, got -1"),
+        (["--tasks", "opposites", "--limit", "0"], "--limit: must be at least 1, got 0"),
         (["--text", "setup.cfg", "--output", "missing/results.json"], "--output: no folder 'missing'"),
+        (["--text", "setup.cfg", "--output", "tests"], "--output: 'tests' is a folder"),
     ],
 )
 def test_unusable_input_of_the_command(options, message, workplace, only_local_tasks, capsys):
     assert main(["evaluate", "nowhere", *options]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
+
+
+def test_script_in_a_checkout(tmp_path):
+    """It has the name of a library that it imports."""
+    (tmp_path / "text.txt").write_text("text")
+    command = [sys.executable, ROOT / "scripts" / "evaluate.py", "nowhere", "--text", "text.txt"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith("error: model: cannot load 'nowhere'")
 
 
 def test_paper_tasks_need_their_data(workplace, capsys):

@@ -113,6 +113,7 @@ from importlib.util import find_spec
 
 import torch
 import transformers
+from transformers.models.auto import modeling_auto
 
 expected, location, resaved, *missing = sys.argv[1:]
 assert not any(map(find_spec, missing)), missing
@@ -128,6 +129,8 @@ def check(name, kind, output):
         generate = kind == "generate"
         actual = model.generate(inputs, max_new_tokens=8, do_sample=False) if generate else model(inputs)[0]
     assert torch.equal(actual, output), (name, kind)
+    if kind == "AutoModelForCausalLM":  # or else pipelines say that they do not support it
+        assert type(model).__name__ in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return model
 
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import VARIANTS, tiny_config
+from conftest import VARIANTS, tiny_config, tiny_model
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
@@ -119,6 +119,22 @@ def test_weight_decay_by_name(tmp_path, variant, options, also_decayed, not_deca
     matrices = MATRICES | MATRICES_OF.get(variant, DELTA_MATRICES)
     assert decayed == {f"model.layers.0.{name}" for name in matrices} | also_decayed
     assert others == NOT_DECAYED | NOT_DECAYED_IN[variant] | not_decayed
+
+
+# ---- Losses ----
+
+
+def test_label_smoothing_is_left_to_training(tmp_path):
+    """The loss that is reported as bits per byte is not smoothed."""
+    model = tiny_model("cc")
+    args = TrainingArguments(output_dir=tmp_path, label_smoothing_factor=0.5, use_cpu=True, disable_tqdm=True)
+    trainer = DDLTrainer(model=model, args=args, eval_dataset=Blocks())
+    tokens = torch.stack([Blocks()[index]["input_ids"] for index in range(64)])
+    with torch.no_grad():
+        loss = model(tokens, labels=tokens).loss.item()
+        smoothed = trainer.compute_loss(model, {"input_ids": tokens, "labels": tokens}).item()
+    assert abs(smoothed - loss) > 1e-2
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
 
 # ---- Logs ----

@@ -100,7 +100,7 @@ class BitsPerByte(evaluate.Metric):
         batch_size: int = 8,
     ) -> dict[str, float]:
         max_length = max_length or model.config.max_position_embeddings
-        stride = stride or max_length
+        stride = max_length if stride is None else stride
         if not 1 <= stride <= max_length:
             raise ValueError(f"stride must lie between 1 and max_length ({max_length}), got {stride}")
         first_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -170,12 +170,16 @@ def main(arguments: list[str]):
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--output", metavar="JSON", help="file to write the results to")
     options = parser.parse_args(arguments)
-    if options.batch_size < 1:
-        raise InputError(f"--batch-size: must be at least 1, got {options.batch_size}")
+    for name, least in {"stride": 1, "num_fewshot": 0, "limit": 1, "batch_size": 1}.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')}: must be at least {least}, got {value}")
     if options.output and not Path(options.output).parent.is_dir():
         raise InputError(
             f"--output: no folder {str(Path(options.output).parent)!r}; allowed: a file in a folder that exists"
         )
+    if options.output and Path(options.output).is_dir():
+        raise InputError(f"--output: {options.output!r} is a folder; allowed: a file")
     results = evaluate_text(options) if options.text else evaluate_tasks(options)
     if options.output:
         Path(options.output).write_text(json.dumps({"model": options.model, **results}, indent=2) + "\n")

@@ -46,6 +46,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto import modeling_auto
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as apply_partial_rotary_pos_emb
@@ -1078,6 +1079,15 @@ class DDLForTokenClassification(GenericForTokenClassification, DDLPreTrainedMode
 
 
 class DDLForQuestionAnswering(GenericForQuestionAnswering, DDLPreTrainedModel): ...
+
+
+# By these tables, not by the Auto classes, `Trainer` finds out whether it must shift labels that it smooths, pipelines whether
+# they support a model, and model cards what a model is for
+modeling_auto.MODEL_MAPPING_NAMES["ddl"] = "DDLModel"
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["ddl"] = "DDLForCausalLM"
+modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["ddl"] = "DDLForSequenceClassification"
+modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["ddl"] = "DDLForTokenClassification"
+modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES["ddl"] = "DDLForQuestionAnswering"
 
 
 __all__ = [

@@ -131,6 +131,13 @@ class ResumableTrainer(Trainer):
             inputs = {**inputs, "skip_logits": True}
         return super().compute_loss(model, inputs, return_outputs, **kwargs)
 
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        # Losses are reported as bits per byte, which smoothed ones are not
+        smoother, self.label_smoother = self.label_smoother, None
+        metrics = super().evaluate(*args, **kwargs)
+        self.label_smoother = smoother
+        return metrics
+
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
         input_ids = inputs["input_ids"]
         return input_ids.numel() * self.flops_per_token(input_ids.shape[1])

@@ -31,7 +31,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, set_seed
-from transformers.models.auto import modeling_auto
 from transformers.models.llama import configuration_llama, modeling_llama
 
 import transformers_ddl
@@ -42,13 +41,6 @@ patch("tests.test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES", None).
 patch("tests.test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES", None).start()
 # Those of older versions start processes themselves, which then also may abort when they end
 patch("torch.multiprocessing.spawn", _start_rank_processes).start()
-
-# The tests tell heads from one another by the tables of the models that come with transformers
-modeling_auto.MODEL_MAPPING_NAMES["ddl"] = "DDLModel"
-modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["ddl"] = "DDLForCausalLM"
-modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["ddl"] = "DDLForSequenceClassification"
-modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["ddl"] = "DDLForTokenClassification"
-modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES["ddl"] = "DDLForQuestionAnswering"
 
 
 class ModelTester:

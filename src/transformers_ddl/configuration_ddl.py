@@ -223,6 +223,7 @@ class DDLConfig(LlamaConfig):
         super().__post_init__(**kwargs)
         # `@strict` calls the validators too, but wraps what they raise into messages of several lines.
         self.validate_architecture()
+        self.validate_rope()
         self.validate_residual()
 
     def _refuse_unknown_options(self, options: dict):
@@ -355,6 +356,13 @@ class DDLConfig(LlamaConfig):
         rope_types = ["default", *ROPE_INIT_FUNCTIONS]
         if self.rope_parameters.get("rope_type") not in rope_types:
             raise ValueError(f"rope_parameters' rope_type must be one of {rope_types}, got {self.rope_parameters}")
+
+    def validate_rope(self):
+        """Transformers', which raises `KeyError` where `rope_parameters` lack something."""
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(error.args[0]) from error
 
     def validate_residual(self):
         """Checks the options of the residual state, its gate and its target."""

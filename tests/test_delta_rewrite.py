@@ -205,17 +205,18 @@ def test_gradcheck_with_an_anchor(n):
     [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)],
     ids=str,
 )
-def test_zero_direction_is_the_identity(dtype, tol):
+@pytest.mark.parametrize("key_eps", [KEY_EPS, 1e-12])  # 1e-12 is the least that the configuration allows
+def test_zero_direction_is_the_identity(dtype, tol, key_eps):
     """The gradient is rounded once, up to a unit in the last place, after sums of four targets in fp32."""
     x = {name: tensor.to(dtype).requires_grad_() for name, tensor in arguments(4).items()}
     x["direction"] = torch.zeros_like(x["direction"]).requires_grad_()
-    rewritten = delta_rewrite(**x, key_eps=KEY_EPS)
+    rewritten = delta_rewrite(**x, key_eps=key_eps)
     assert torch.equal(rewritten, x["state"])
     gradients = dict(zip(x, torch.autograd.grad(rewritten, list(x.values()), torch.ones_like(rewritten))))
     assert torch.equal(gradients["state"], torch.ones_like(x["state"]))
     assert not gradients["target"].any() and not gradients["gate"].any()
-    # ∂k̃ = β Σ_j v_j / ε for a cotangent of ones: 1e5, rounded to infinity in fp16, but never NaN
-    expected = (x["gate"].double() * x["target"].double().sum(-1) / KEY_EPS).to(dtype)
+    # ∂k̃ = β Σ_j v_j / ε for a cotangent of ones: 1e5 or more, rounded to infinity in fp16, but never NaN
+    expected = (x["gate"].double() * x["target"].double().sum(-1) / key_eps).to(dtype)
     assert expected.abs().min() > 1e3
     torch.testing.assert_close(gradients["direction"], expected[..., None].expand_as(x["direction"]), rtol=tol, atol=0)
 

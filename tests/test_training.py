@@ -281,6 +281,15 @@ def test_sampling_from_nothing(tmp_path):
     assert "Traceback" not in process.stderr
 
 
+@pytest.mark.parametrize(
+    "option, value",
+    [("--max-new-tokens", "0"), ("--temperature", "0.0"), ("--temperature", "nan"), ("--seed", "4294967296")],
+)
+def test_sampling_refuses_options(option, value, capsys):
+    assert main(["generate", "missing/model", option, value]) == 2
+    assert re.fullmatch(rf"error: {option} must be .*, got {value}\n", capsys.readouterr().err)
+
+
 # ---- The same run again ----
 
 

@@ -183,8 +183,9 @@ class DDLConfig(LlamaConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_unknown_options(kwargs)
-        if isinstance(self.dtype, str) and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ValueError(f"dtype must be the name of one of torch's, got {self.dtype!r}")
+        for name, dtype in (("dtype", self.dtype), ("torch_dtype", kwargs.get("torch_dtype"))):
+            if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+                raise ValueError(f"{name} must be the name of one of torch's, got {dtype!r}")
 
         self._check_positive("hidden_size", "num_attention_heads")
         if self.intermediate_size is None:
@@ -222,6 +223,7 @@ class DDLConfig(LlamaConfig):
         super().__post_init__(**kwargs)
         # `@strict` calls the validators too, but wraps what they raise into messages of several lines.
         self.validate_architecture()
+        self.validate_rope()
         self.validate_residual()
 
     def _refuse_unknown_options(self, options: dict):
@@ -335,8 +337,16 @@ class DDLConfig(LlamaConfig):
             raise ValueError(f"head_dim must be even for the rotary embedding, got {self.head_dim}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
-        if self.attention_dropout is not None and not 0 <= self.attention_dropout < 1:
+        if self.attention_dropout is None or not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout must be at least 0 and below 1, got {self.attention_dropout}")
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(
+                f"pad_token_id must be below vocab_size ({self.vocab_size}) or None, got {self.pad_token_id}"
+            )
+        for name in ("rope_theta", "factor", "partial_rotary_factor"):
+            value = self.rope_parameters.get(name, 1.0)
+            if not isinstance(value, (float, int)) or not 0 < value < float("inf"):
+                raise ValueError(f"rope_parameters' {name} must be a positive finite number, got {value!r}")
         rotary_dim = self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0)
         if not 2 <= rotary_dim <= self.head_dim or int(rotary_dim) % 2:
             raise ValueError(
@@ -346,6 +356,13 @@ class DDLConfig(LlamaConfig):
         rope_types = ["default", *ROPE_INIT_FUNCTIONS]
         if self.rope_parameters.get("rope_type") not in rope_types:
             raise ValueError(f"rope_parameters' rope_type must be one of {rope_types}, got {self.rope_parameters}")
+
+    def validate_rope(self):
+        """Transformers', which raises `KeyError` where `rope_parameters` lack something."""
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(error.args[0]) from error
 
     def validate_residual(self):
         """Checks the options of the residual state, its gate and its target."""
@@ -404,9 +421,10 @@ class DDLConfig(LlamaConfig):
                 f"value_anchor must be None for residual_type={self.residual_type!r} with "
                 f"num_delta_steps={self.num_delta_steps}, got {self.value_anchor}"
             )
-        if self.key_eps < 1e-18:
+        if self.key_eps < 1e-12:
             raise ValueError(
-                f"key_eps must be at least 1e-18, for its square not to vanish in float32, got {self.key_eps}"
+                f"key_eps must be at least 1e-12, for the gradient of the norm to be finite in float32 where the direction "
+                f"vanishes, got {self.key_eps}"
             )
         for name in ("value_scale", "key_eps", "rms_norm_eps", "logits_scale"):
             value = getattr(self, name)

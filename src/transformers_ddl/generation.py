@@ -14,6 +14,7 @@
 """Sampling: `transformers-ddl generate MODEL ["a prompt" ...]`."""
 
 import argparse
+import math
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -46,6 +47,12 @@ def main(arguments: list[str]):
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
+    if options.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+    if not 0 < options.temperature < math.inf:
+        raise InputError(f"--temperature must be positive and finite, got {options.temperature}")
+    if not 0 <= options.seed < 2**32:
+        raise InputError(f"--seed must be at least 0 and below 2**32, got {options.seed}")
 
     model, tokenizer = load_model(options.model)
     set_seed(options.seed)

@@ -41,8 +41,8 @@ def tokenizer():
     return train_tokenizer(TEXTS, vocab_size=280)
 
 
-def make_model(variant, tokenizer):
-    return tiny_model(variant, vocab_size=len(tokenizer), max_position_embeddings=128)
+def make_model(variant, tokenizer, **options):
+    return tiny_model(variant, vocab_size=len(tokenizer), max_position_embeddings=128, **options)
 
 
 def make_arguments(config_class, tmp_path, **options):
@@ -90,6 +90,16 @@ def test_supervised_finetuning(variant, batches, tokenizer, tmp_path):
     after = trainer.evaluate()["eval_loss"]
     assert after < 0.9 * before
     assert math.isclose(after, mean_loss(model.eval(), tokenizer), rel_tol=1e-5)
+
+
+def test_scaled_logits(tokenizer, tmp_path):
+    """TRL applies the head itself."""
+    model, texts = make_model("cc", tokenizer, logits_scale=0.25), Dataset.from_dict({"text": TEXTS})
+    arguments = make_arguments(SFTConfig, tmp_path)
+    trainer = SFTTrainer(
+        model=model, args=arguments, train_dataset=texts, eval_dataset=texts, processing_class=tokenizer
+    )
+    assert math.isclose(trainer.evaluate()["eval_loss"], mean_loss(model, tokenizer), rel_tol=1e-5)
 
 
 def test_supervised_finetuning_of_an_adapter(tokenizer, tmp_path):

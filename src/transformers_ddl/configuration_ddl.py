@@ -273,7 +273,7 @@ class DDLConfig(LlamaConfig):
 
     @property
     def logit_scale(self) -> float | int:
-        """`logits_scale` under the name by which serving engines, which apply the head themselves, ask for it."""
+        """`logits_scale` under the name by which serving engines and TRL, which apply the head themselves, ask for it."""
         return 1.0 if self.logits_scale is None else self.logits_scale
 
     @property

@@ -727,12 +727,10 @@ def launch_options(state: torch.Tensor, num_values: int, backward: bool) -> tupl
         resident_warps = 8 if n > 2 else 12 if num_values == n else 20
         programs_per_sm = max(1, resident_warps // num_warps)
     else:
-        # All programs are resident at once, with 128 registers for each thread, or 64 for a state of one channel
         num_warps = max(2, triton.next_power_of_2(triton.cdiv(n * d, 1536)))
-        programs_per_sm = max(1, (16 if n > 1 else 32) // num_warps)
+        # With 3 or 4 channels, as many as are resident at a time, of 128 registers a thread; with others, more than that
+        programs_per_sm = max(1, 16 // num_warps) if n in (3, 4) else 32
     sizes = {**vector_sizes(state), "NUM_VALUES": num_values, "num_warps": min(num_warps, 32)}
-    if not backward:
-        sizes["maxnreg"] = 128
     return (min(num_multiprocessors(state.device) * programs_per_sm, num_tokens),), sizes
 
 

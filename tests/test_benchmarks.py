@@ -30,6 +30,7 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_converted_llamas(tmp_path):
     for name, numbers in (("train", range(300)), ("validation", range(300, 360))):
         texts = [f"{i} green bottles, hanging on the wall, and {i * i % 97} of them fall." for i in numbers]

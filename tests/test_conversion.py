@@ -478,7 +478,7 @@ def test_annealing_of_anchors(tmp_path):
 
 @pytest.mark.parametrize("variant", ["scalar", "cc", "tc"])
 def test_anchored_model_with_caches_checkpointing_and_kernels(variant, monkeypatch):
-    model, tokens = tiny_model(variant, value_anchor=0.5), random_tokens(2, 9)
+    model, tokens = tiny_model(variant, value_anchor=0.5), random_tokens(1, 7)
     loss = model(tokens, labels=tokens, use_cache=False).loss
     logits, expected = model(tokens).logits, all_gradients(loss, model)
     prefix = model(tokens[:, :5], use_cache=True)

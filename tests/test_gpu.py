@@ -17,10 +17,9 @@ import copy
 
 import pytest
 import torch
-from conftest import VARIANTS, all_gradients, random_tokens, tiny_model
+from conftest import TINY, VARIANTS, all_gradients, random_tokens, tiny_model
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from transformers_ddl import modeling_ddl
 
@@ -127,15 +126,23 @@ def test_export(variant):
     sequence = {1: torch.export.Dim("sequence", min=2, max=64)}
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
-    # torch 2.11's fast attention pads heads and masks, and fixes the length by it
-    with sdpa_kernel(SDPBackend.MATH):
-        program = torch.export.export(
+
+    def export(model):
+        return torch.export.export(
             model,
             (),
             {"input_ids": tokens, "attention_mask": mask, "use_cache": False},
             dynamic_shapes={"input_ids": sequence, "attention_mask": sequence, "use_cache": None},
             strict=False,
         )
+
+    # torch 2.11 fixes the length by the attention that it takes on a GPU
+    llama = LlamaForCausalLM(LlamaConfig(**TINY)).cuda()
+    try:
+        export(llama)
+    except torch._dynamo.exc.UserError as error:
+        pytest.skip(f"no Llama can be exported here: {str(error).splitlines()[0]}")
+    program = export(model)
     tokens = random_tokens(2, 12, seed=1).cuda()
     mask = torch.ones_like(tokens)
     mask[0, :5] = mask[1, -3:] = 0

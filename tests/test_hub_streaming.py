@@ -100,6 +100,7 @@ def hub():
         yield hub
 
 
+@pytest.mark.slow
 def test_streamed_by_name_killed_and_continued(hub, tmp_path, monkeypatch):
     """With another number of processes that read: the same losses and counts as without an interruption."""
     write_inputs(tmp_path)

@@ -21,9 +21,12 @@ from transformers_ddl.modeling_ddl import DDLEmbeddingConvolution, DDLTokenCompr
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+# The interpreter's time goes with channels times taps
+TWO_TOKENS = {"compressor": "token", "num_value_channels": 2, "compressor_kernel_size": 2}
+# Five boundaries: the backward pass rebuilds states from a snapshot and up to three writes; seven: and from a second snapshot
 VARIANTS = {
-    "scalar": {"num_value_channels": 1},
-    "channel": {"num_value_channels": 4},
+    "scalar": {"num_value_channels": 1, "num_hidden_layers": 3},
+    "channel": {"num_value_channels": 4, "num_hidden_layers": 3},
     "channel-without-ec": {"num_value_channels": 5, "embedding_conv": False},
     "two-channels-short-kernel": {"num_value_channels": 2, "compressor_kernel_size": 1},
     "three-channels-own-compressors": {"num_value_channels": 3, "share_compressor": False},
@@ -36,22 +39,12 @@ VARIANTS = {
     "expanded-additive": {"residual_type": "expanded_additive"},
     "anchored": {"value_anchor": 0.5},
     "scalar-anchored": {"num_value_channels": 1, "value_anchor": 1.0},
-    "token": {"compressor": "token"},
-    "token-short-kernel-without-ec": {
-        "compressor": "token",
-        "num_value_channels": 2,
-        "compressor_kernel_size": 2,
-        "share_compressor": False,
-        "embedding_conv": False,
-    },
-    "token-linear-value-of-context": {"compressor": "token", "value_activation": None, "value_input": "context"},
-    "token-constant-write": {
-        "compressor": "token",
-        "residual_type": "write_only",
-        "value_activation": "constant",
-    },
-    "token-expanded-additive": {"compressor": "token", "residual_type": "expanded_additive"},
-    "token-anchored": {"compressor": "token", "value_anchor": 0.5},
+    "token": {"compressor": "token", "num_hidden_layers": 3},
+    "token-without-ec": TWO_TOKENS | {"share_compressor": False, "embedding_conv": False},
+    "token-linear-value-of-context": TWO_TOKENS | {"value_activation": None, "value_input": "context"},
+    "token-constant-write": TWO_TOKENS | {"residual_type": "write_only", "value_activation": "constant"},
+    "token-expanded-additive": TWO_TOKENS | {"residual_type": "expanded_additive"},
+    "token-anchored": TWO_TOKENS | {"value_anchor": 0.5},
 }
 
 
@@ -96,8 +89,7 @@ def test_model_with_kernels_is_as_exact_as_without(options, dtype, monkeypatch):
     # A single draw of weights can make much of one rounding
     for seed in range(5 if DEVICE == "cuda" else 1):
         torch.manual_seed(seed)
-        # Seven boundaries: the backward pass rebuilds states from a snapshot and up to three writes, and takes a second one
-        config = tiny_config(num_hidden_layers=3, **options)
+        config = tiny_config(**options)
         model = randomise(DDLForCausalLM(config), seed).to(DEVICE)
         tokens = torch.randint(0, config.vocab_size, (1, 4), device=DEVICE)
         for path, kernels, its_dtype in (("exact", "0", torch.float64), ("plain", "0", dtype), ("fused", "1", dtype)):
@@ -125,7 +117,7 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys()
 @layouts
 def test_token_convolutions_of_padded_and_packed_batches(layout, monkeypatch):
     torch.manual_seed(0)
-    model = randomise(DDLForCausalLM(tiny_config(compressor="token"))).to(DEVICE)
+    model = randomise(DDLForCausalLM(tiny_config(**TWO_TOKENS))).to(DEVICE)
     tokens = torch.randint(0, model.config.vocab_size, (2, 7), device=DEVICE)
     layout = {name: value.to(DEVICE) for name, value in layout.items()}
     exact = run(copy.deepcopy(model).double(), tokens, monkeypatch, "0", **layout)
@@ -388,9 +380,7 @@ def test_operator_registrations():
         torch.library.opcheck(expansion_op, args, test_utils=checks)
 
 
-@pytest.mark.parametrize(
-    "options", [{"num_value_channels": 1}, {"num_value_channels": 2}, {"compressor": "token"}], ids=str
-)
+@pytest.mark.parametrize("options", [{"num_value_channels": 1}, {"num_value_channels": 2}, TWO_TOKENS], ids=str)
 def test_compiled_training(options, monkeypatch):
     torch.compiler.reset()
     torch.manual_seed(0)
@@ -412,18 +402,19 @@ def test_compiled_training(options, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("compressor", "how"),
+    ("options", "how"),
     [
-        ("channel", "transformers"),
-        ("channel", CheckpointImpl.REENTRANT),
-        ("channel", CheckpointImpl.NO_REENTRANT),
-        ("token", "transformers"),
+        ({}, "transformers"),
+        ({}, CheckpointImpl.REENTRANT),
+        ({}, CheckpointImpl.NO_REENTRANT),
+        (TWO_TOKENS, "transformers"),
     ],
+    ids=["channel-transformers", "channel-reentrant", "channel-not-reentrant", "token-transformers"],
 )
-def test_checkpointing_with_kernels(compressor, how, monkeypatch):
+def test_checkpointing_with_kernels(options, how, monkeypatch):
     """A layer that runs again in the backward pass must rebuild the same states, whoever checkpoints it."""
     torch.manual_seed(0)
-    model = randomise(DDLForCausalLM(tiny_config(num_hidden_layers=3, compressor=compressor))).to(DEVICE).train()
+    model = randomise(DDLForCausalLM(tiny_config(num_hidden_layers=3, **options))).to(DEVICE).train()
     tokens = torch.randint(0, model.config.vocab_size, (1, 4), device=DEVICE)
     plain = run(model, tokens, monkeypatch, "1")
     if how == "transformers":

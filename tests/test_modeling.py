@@ -503,7 +503,6 @@ def test_forward_does_not_wait_for_the_device(variant, training):
         ("tc", "aot_eager", True),
         # The default backend takes half a minute for two layers; "aot_eager" traces and differentiates the same graph
         ("cc", "inductor", False),
-        ("tc", "inductor", False),
     ],
 )
 def test_compiled_training(variant, backend, checkpointing):

@@ -26,7 +26,7 @@ import tempfile
 
 import torch
 from common import DEVICE, MODELS, SIZES, add_ratios, build, free_memory, now, report
-from transformers import CompileConfig, LogitsProcessor, StoppingCriteria
+from transformers import CompileConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 
 PROMPT_LENGTH = 16
@@ -55,30 +55,37 @@ class TokenClock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
+def build_in_bf16(name: str, size: str) -> PreTrainedModel:
+    """As one loads a model to generate with: in bf16, but for what is kept in float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = build(name, size)
+        model.save_pretrained(folder)
+        return type(model).from_pretrained(folder, dtype=torch.bfloat16).to(DEVICE)
+
+
+def generate(model: PreTrainedModel, batch_size: int, new_tokens: int, **options):
+    prompt = torch.randint(model.config.vocab_size, (batch_size, PROMPT_LENGTH), device=DEVICE)
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        max_new_tokens=new_tokens,
+        cache_implementation="static",
+        compile_config=CompileConfig(fullgraph=True),  # CUDA graphs by default
+        **options,
+    )
+
+
 def measure(name: str, args: argparse.Namespace) -> list[dict]:
     """Median tokens per second for each batch size."""
-    # Loaded as one loads a model to generate with: in bf16, but for what is kept in float32
-    with tempfile.TemporaryDirectory() as folder:
-        model = build(name, args.size)
-        model.save_pretrained(folder)
-        model = type(model).from_pretrained(folder, dtype=torch.bfloat16).to(DEVICE)
-    results = []
+    model, results = build_in_bf16(name, args.size), []
     for batch_size in args.batch_sizes:
-        prompt = torch.randint(SIZES[args.size]["vocab_size"], (batch_size, PROMPT_LENGTH), device=DEVICE)
         for _ in range(2):  # the first compiles
             logits_clock, token_clock = LogitsClock(), TokenClock()
-            model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-                max_new_tokens=args.new_tokens,
-                cache_implementation="static",
-                compile_config=CompileConfig(fullgraph=True),  # CUDA graphs by default
-                stopping_criteria=[token_clock],
-                logits_processor=[logits_clock],
-            )
+            clocks = {"stopping_criteria": [token_clock], "logits_processor": [logits_clock]}
+            generate(model, batch_size, args.new_tokens, **clocks)
         tokens, logits = token_clock.times[WARMUP:], logits_clock.times[WARMUP:]
         steps = [later - earlier for earlier, later in zip(tokens, tokens[1:])]
         forwards = [later - earlier for earlier, later in zip(tokens, logits[1:])]

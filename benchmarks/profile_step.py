@@ -12,22 +12,28 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Where the time of a training step goes: milliseconds of each GPU kernel, those of most time first, and of each kind of kernel.
+Where the time of a training step, or of a new token, goes: milliseconds of each GPU kernel, those of most time first, and of
+each kind of kernel. What a step takes longer than all its kernels, the GPU is idle.
 
     python benchmarks/profile_step.py --models additive cc --output outputs/profile.json
+    python benchmarks/profile_step.py --models llama cc --decode 1 --output outputs/profile_decode.json
 """
 
 import argparse
 import collections
 import re
+from collections.abc import Callable
+from functools import partial
 
 import torch
-from common import DEVICE, MODELS, SIZES, build, free_memory, report
+from common import DEVICE, MODELS, SIZES, build, free_memory, mark, report, seconds_between
+from decode import build_in_bf16, generate
 from torch.profiler import ProfilerActivity, profile
 from train_step import BATCHES, WARMUP, training_step
 
 
 STEPS = 3
+NEW_TOKENS = 100
 # The first pattern that a kernel's name has decides; Inductor's own kernels are named after what they fuse
 KINDS = {
     "boundaries": r"^boundary_|^convolution_",
@@ -44,25 +50,34 @@ def kind_of(kernel: str) -> str:
     return next(kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE))
 
 
-def measure(name: str, size: str, compiled: bool) -> list[dict]:
-    """For each kernel, milliseconds and launches of a step."""
+def trained(name: str, size: str, compiled: bool) -> Callable:
+    """Makes a training step."""
     tokens = torch.randint(SIZES[size]["vocab_size"], BATCHES[size], device=DEVICE)
-    step = training_step(build(name, size).to(DEVICE).train(), tokens, compiled)
+    return training_step(build(name, size).to(DEVICE).train(), tokens, compiled)
+
+
+def measure(name: str, step: Callable, steps: int) -> tuple[float, list[dict]]:
+    """Milliseconds of one of the `steps` that a call makes, by the clock and, beside its launches, for each kernel."""
     for _ in range(WARMUP):
         step()
+    start = mark()
+    for _ in range(STEPS):
+        step()
+    end = mark()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(STEPS):
             step()
         torch.cuda.synchronize()
-    return sorted(
+    steps *= STEPS
+    return 1000 * seconds_between(start, end) / steps, sorted(
         (
             {
                 "model": name,
                 "kind": kind_of(event.key),
                 "kernel": event.key,
-                "milliseconds": event.self_device_time_total / 1000 / STEPS,
-                "launches": event.count / STEPS,
+                "milliseconds": event.self_device_time_total / 1000 / steps,
+                "launches": event.count / steps,
             }
             for event in profiler.key_averages()
             if event.self_device_time_total > 0
@@ -75,7 +90,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["additive", "cc"], choices=list(MODELS))
     parser.add_argument("--size", default="small", choices=list(SIZES))
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--eager", action="store_true", help="train without torch.compile")
+    parser.add_argument("--decode", type=int, metavar="BATCH_SIZE", help="profile decoding, not training")
     parser.add_argument("--kernels", type=int, default=25, help="number of kernels to report of each model")
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args()
@@ -84,15 +100,20 @@ def main():
 
     results, totals = [], {}
     for name in args.models:
-        kernels = measure(name, args.size, compiled=not args.eager)
+        if args.decode is None:
+            milliseconds, kernels = measure(name, trained(name, args.size, not args.eager), 1)
+        else:
+            model = build_in_bf16(name, args.size)
+            milliseconds, kernels = measure(name, partial(generate, model, args.decode, NEW_TOKENS), NEW_TOKENS)
         results += kernels[: args.kernels]
         total = collections.Counter()
         for result in kernels:
             total[result["kind"]] += result["milliseconds"]
-        totals[name] = {"all": total.total(), **total}
+        totals[name] = {"by the clock": milliseconds, "all kernels": total.total(), **total}
         free_memory()
     columns = {"model": "", "kind": "", "milliseconds": ".3f", "launches": ".0f", "kernel": ".90"}
-    report(results, columns, args.output, size=args.size, compiled=not args.eager, milliseconds=totals)
+    conditions = {"size": args.size, "compiled": not args.eager, "decoded_batch_size": args.decode}
+    report(results, columns, args.output, **conditions, milliseconds=totals)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ model's, and peak memory. In bf16 autocast on a GPU, where models are measured o
 they take steps in turn.
 
     python benchmarks/train_step.py --sizes small medium --output outputs/train_step.json
-    python benchmarks/train_step.py --sizes small --models llama additive cc --eager
+    python benchmarks/train_step.py --sizes small --models llama additive cc --eager --liger cc
     python benchmarks/train_step.py --sizes quickstart --eager --steps 40     # on a CPU
 """
 
@@ -69,7 +69,7 @@ def measure(names: list[str], size: str, batch: tuple[int, int], args: argparse.
     tokens = torch.randint(SIZES[size]["vocab_size"], batch, device=DEVICE)
     for name in names:
         model = build(name, size).to(DEVICE).train()
-        if args.liger:
+        if name in args.liger:
             apply_liger_kernel(model, {} if args.eager else LOSS_ALONE)
         steps[name] = training_step(model, tokens, compiled=not args.eager)
     for _ in range(WARMUP):
@@ -91,7 +91,7 @@ def measure(names: list[str], size: str, batch: tuple[int, int], args: argparse.
             "size": size,
             "model": name,
             "compiled": not args.eager,
-            "liger": args.liger,
+            "liger": name in args.liger,
             "tokens": tokens.numel(),
             "milliseconds": 1000 * statistics.median(times[name]),
             "thousand_tokens_per_second": tokens.numel() / statistics.median(times[name]) / 1000,
@@ -109,7 +109,8 @@ def main():
     parser.add_argument("--batch_size", type=int, help="sequences, instead of the size's")
     parser.add_argument("--seq_length", type=int, help="tokens in each, instead of the size's")
     parser.add_argument("--eager", action="store_true", help="measure without torch.compile")
-    parser.add_argument("--liger", action="store_true", help="with Liger's kernels; compiled, with its loss alone")
+    liger_help = "these models with Liger's kernels; compiled, with its loss alone"
+    parser.add_argument("--liger", nargs="+", default=[], choices=list(MODELS), help=liger_help)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args()

@@ -38,7 +38,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, PartialState
 from common import DEVICE, SIZES, add_ratios, build, free_memory, report, synchronize
 from torch.distributed.tensor import DTensor
 from train_step import BATCHES, WARMUP
@@ -150,7 +150,9 @@ def work(args: argparse.Namespace):
     if DEVICE == "cpu" and args.workloads[0].startswith("fsdp2"):
         # Accelerate shards on accelerators only, though all that it calls runs on a CPU
         state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    accelerator, results = Accelerator(), []
+    torch._dynamo.config.optimize_ddp = not args.whole_programs
+    kwargs_handlers = [DistributedDataParallelKwargs(bucket_cap_mb=args.bucket_cap_mb)]
+    accelerator, results = Accelerator(kwargs_handlers=kwargs_handlers), []
     keep_dtypes(accelerator)
     for workload in args.workloads:
         for name in MODELS:
@@ -175,7 +177,8 @@ def launch(config: str, num_processes: int, workloads: list[str], args: argparse
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"{folder}/config.yaml"]
         command += ["--dynamo_backend", "no" if args.eager else "inductor", __file__]
         command += ["--processes", *map(str, args.processes), "--steps", str(args.steps)]
-        command += ["--workloads", *workloads, "--worker", folder]
+        command += ["--workloads", *workloads, "--worker", folder, "--bucket_cap_mb", str(args.bucket_cap_mb)]
+        command += ["--whole_programs"] if args.whole_programs else []
         subprocess.run(command, env={**os.environ, **WITHOUT_MULTICAST}, check=True)
         return json.loads(Path(folder, "results.json").read_text())
 
@@ -191,6 +194,9 @@ def main():
         metavar="PARALLELISM/SIZE",
     )
     parser.add_argument("--eager", action="store_true", help="train without torch.compile")
+    parser.add_argument("--bucket_cap_mb", type=int, default=25, help="size of what DDP exchanges at a time")
+    whole_programs_help = "do not cut what is compiled into one program per exchange of DDP"
+    parser.add_argument("--whole_programs", action="store_true", help=whole_programs_help)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--output", help="JSON file to write")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # the folder of the launched processes
@@ -218,7 +224,8 @@ def main():
         columns |= {"tokens_per_second": ".0f", "efficiency": ".3f", "ratio": ".3f", "loss_difference": ".1e"}
         if DEVICE == "cuda":
             columns |= {"peak_gib": ".2f"}
-        report(results, columns, args.output, compiled=not args.eager, steps=args.steps)
+        settings = {"compiled": not args.eager, "bucket_cap_mb": args.bucket_cap_mb, "steps": args.steps}
+        report(results, columns, args.output, **settings, whole_programs=args.whole_programs)
 
 
 if __name__ == "__main__":

@@ -122,8 +122,9 @@ def test_label_smoothing(tmp_path):
 # ---- torch.export ----
 
 
-@variants
-@pytest.mark.parametrize("kernels", ["0", "1"])
+@pytest.mark.parametrize(
+    ("variant", "kernels"), [*((variant, "0") for variant in VARIANTS), ("scalar", "1"), ("cc", "1"), ("tc", "1")]
+)
 def test_export(variant, kernels, monkeypatch):
     """A program of a prefill with padding, for batches and lengths other than those it was made from; without kernels."""
     monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", kernels)

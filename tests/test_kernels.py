@@ -23,7 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # The interpreter's time goes with channels times taps
 TWO_TOKENS = {"compressor": "token", "num_value_channels": 2, "compressor_kernel_size": 2}
-# Five boundaries: the backward pass rebuilds states from a snapshot and up to three writes; seven: and from a second snapshot
+# With one layer, the backward pass rebuilds a state from a snapshot and one write, with three from two and up to three writes
 VARIANTS = {
     "scalar": {"num_value_channels": 1, "num_hidden_layers": 3},
     "channel": {"num_value_channels": 4, "num_hidden_layers": 3},
@@ -89,7 +89,7 @@ def test_model_with_kernels_is_as_exact_as_without(options, dtype, monkeypatch):
     # A single draw of weights can make much of one rounding
     for seed in range(5 if DEVICE == "cuda" else 1):
         torch.manual_seed(seed)
-        config = tiny_config(**options)
+        config = tiny_config(**{"num_hidden_layers": 1, **options})
         model = randomise(DDLForCausalLM(config), seed).to(DEVICE)
         tokens = torch.randint(0, config.vocab_size, (1, 4), device=DEVICE)
         for path, kernels, its_dtype in (("exact", "0", torch.float64), ("plain", "0", dtype), ("fused", "1", dtype)):
@@ -205,13 +205,9 @@ def test_convolution(batch, seq_length, n, d, kernel_size, dtype):
     [(1e4, 0.7), (1e-6, 0.7), (0.0, 0.7), (1.0, 0.0), (1.0, 2.0), (1.0, 1e-7)],
     ids=["huge-direction", "tiny-direction", "zero-direction", "gate-0", "gate-2", "gate-nearly-0"],
 )
-@layouts
-def test_convolution_at_extremes(layout, direction_scale, gate_value):
+def test_convolution_at_extremes(direction_scale, gate_value):
     torch.manual_seed(0)
-    if "attention_mask" in layout:
-        layout = {"conv_mask": layout["attention_mask"].bool()}
-    else:
-        layout = {"document_ids": find_packed_sequence_indices(layout["position_ids"])}
+    layout = {"conv_mask": LAYOUTS["padding-anywhere"]["attention_mask"].bool()}
     state, direction = torch.randn(2, 7, 3, 33), direction_scale * torch.randn(2, 7, 33)
     args = (state, direction, torch.randn(2, 7, 3), torch.full((2, 7), gate_value), 4, layout)
     for name, value, reference in zip(
@@ -404,9 +400,9 @@ def test_compiled_training(options, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "how"),
     [
-        ({}, "transformers"),
-        ({}, CheckpointImpl.REENTRANT),
-        ({}, CheckpointImpl.NO_REENTRANT),
+        ({"num_value_channels": 2}, "transformers"),
+        ({"num_value_channels": 2}, CheckpointImpl.REENTRANT),
+        ({"num_value_channels": 2}, CheckpointImpl.NO_REENTRANT),
         (TWO_TOKENS, "transformers"),
     ],
     ids=["channel-transformers", "channel-reentrant", "channel-not-reentrant", "token-transformers"],

@@ -573,6 +573,13 @@ def test_llamas_that_cannot_be_converted(config_class, options, ddl_options, mes
         assert re.search(message, capsys.readouterr().err.splitlines()[-1])
 
 
+def test_llamas_without_values():
+    with torch.device("meta"):
+        llama = make_llama()
+    with pytest.raises(ValueError, match="LlamaForCausalLM has parameters on the meta device; allowed: loaded ones"):
+        convert_llama(llama)
+
+
 def test_llamas_without_a_head():
     model = make_llama().model
     with pytest.raises(ValueError, match="LlamaModel cannot be converted; allowed: a causal language model"):

@@ -481,8 +481,9 @@ def convert_llama(model_or_path: PreTrainedModel | str | Path, **ddl_options) ->
 
     Raises:
         `ValueError`: naming it, for an option of the Llama that DDL has not (a sliding window, say) or that cannot be
-            chosen here, for a model without a head or with parameters of several dtypes, for a parameter that is missing,
-            unexpected or of a wrong shape, and for files that cannot be read, in which nothing is executed.
+            chosen here, for a model without a head, with parameters of several dtypes or without their values, for a
+            parameter that is missing, unexpected or of a wrong shape, and for files that cannot be read, in which nothing is
+            executed.
     """
     if isinstance(model_or_path, PreTrainedModel):
         llama = model_or_path
@@ -490,6 +491,10 @@ def convert_llama(model_or_path: PreTrainedModel | str | Path, **ddl_options) ->
         if llama.get_output_embeddings() is None:
             raise ValueError(
                 f"{type(llama).__name__} cannot be converted; allowed: a causal language model, with its head"
+            )
+        if any(parameter.is_meta for parameter in llama.parameters()):
+            raise ValueError(
+                f"{type(llama).__name__} has parameters on the meta device; allowed: loaded ones, or its folder"
             )
         state_dict = {name: parameter.clone() for name, parameter in llama.state_dict().items()}
     else:

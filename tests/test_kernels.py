@@ -4,7 +4,13 @@ Triton's interpreter, on a GPU compiled.
 """
 
 import copy
+import json
+import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -575,3 +581,23 @@ def test_decoding_in_cuda_graphs(variant, monkeypatch):
         generated = model.generate(tokens, compile_config=CompileConfig(fullgraph=True), **options)
         assert torch.equal(generated, expected)
     assert hasattr(model, "_compiled_call"), "not compiled"
+
+
+def test_kernels_for_hopper():
+    """All programs of a kernel run at the same time, and keep what they sum in registers."""
+    options = [{"num_value_channels": 1}, {}, {"compressor": "token"}]
+    process = subprocess.run(
+        [sys.executable, Path(__file__).with_name("hopper.py"), json.dumps(options)],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    launches = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+    names = {launch["kernel"].removesuffix("_kernel") for launch in launches}
+    assert {f"{name}_{way}" for name in ("boundary", "expansion") for way in ("forward", "backward")} < names
+    assert {"convolution_forward", "convolution_backward_state", "convolution_backward_mixing"} < names
+    for launch in launches:
+        threads = 32 * launch["warps"]
+        resident = 132 * min(65536 // (-(-launch["registers"] // 8) * 8 * threads), 2048 // threads, 32)
+        assert launch["stack"] == 0 and 0.8 * resident < math.prod(launch["grid"]) <= resident, launch

@@ -22,6 +22,8 @@ needs those of the K − 1 tokens after it. The notation is that of `ops_triton_
 And the embedding convolution X[t, j] = Σ_τ M[τ, j] ∘ e[t − K + 1 + τ] (EC).
 """
 
+from collections.abc import Callable
+
 import torch
 from transformers.utils.import_utils import is_triton_available
 
@@ -33,10 +35,10 @@ from .ops_triton_ddl import (
     load_scalars,
     load_vectors,
     load_write_scalars,
-    num_multiprocessors,
     on_its_device,
     rebuild_state,
     replay,
+    resident_programs,
     rounded,
     store_scalars,
     store_vectors,
@@ -87,7 +89,7 @@ def add_sum_of_products(values, left, right, COUNT: tl.constexpr, NUM_BLOCKS: tl
     return results
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk_length"])
 def convolution_forward_kernel(
     state_ptr,
     direction_ptr,
@@ -103,10 +105,10 @@ def convolution_forward_kernel(
     readout_ptr,
     write_ptr,
     inv_key_norm_ptr,
+    key_eps,
     num_tokens,
     seq_length,
     chunk_length,
-    key_eps,
     D: tl.constexpr,
     N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -198,7 +200,7 @@ def gradients_after(
     return later, segment
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk_length"])
 def convolution_backward_state_kernel(
     direction_ptr,
     target_ptr,
@@ -303,7 +305,7 @@ def convolution_backward_state_kernel(
     store_scalars(scalars_ptr + N, sum_amplitude, N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk_length"])
 def convolution_backward_mixing_kernel(
     snapshot_ptr,
     replay0_direction_ptr,
@@ -396,7 +398,7 @@ def convolution_backward_mixing_kernel(
     store_vectors(rows_ptr, sum_mixing, KERNEL_SIZE * N, D, BLOCK_D, 1, first_feature)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk_length"])
 def expansion_forward_kernel(
     embeddings_ptr,
     mixing_ptr,
@@ -431,7 +433,7 @@ def expansion_forward_kernel(
             store_vectors(state_ptr + token * (N * D), state, N, D, BLOCK_D, 1, first_feature)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk_length"])
 def expansion_backward_kernel(
     embeddings_ptr,
     mixing_ptr,
@@ -497,34 +499,29 @@ def expansion_backward_kernel(
     store_vectors(rows_ptr, sum_mixing, KERNEL_SIZE * N, D, BLOCK_D, 1, first_feature)
 
 
-def chunks(state: torch.Tensor, num_programs: int) -> tuple[int, int]:
-    """Number and length of the chunks of tokens for so many programs, which should all be resident: each has one."""
-    num_tokens = state.shape[0]
-    chunk_length = triton.cdiv(num_tokens, num_programs)
-    return triton.cdiv(num_tokens, chunk_length), chunk_length
-
-
-def launch_options(state: torch.Tensor, kernel_size: int) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and sizes for programs that have all features of a token, which keep (n + K) d numbers in registers."""
+def launch_sizes(state: torch.Tensor, kernel_size: int) -> dict[str, int]:
+    """Compile-time sizes of programs that have all features of a token, which keep (n + K) d numbers in registers."""
     _, n, d = state.shape
     num_warps = min(max(4, triton.next_power_of_2(triton.cdiv((n + kernel_size) * d, 1536))), 16)
-    # 128 registers for each of 512 threads on a multiprocessor
-    num_chunks, chunk_length = chunks(state, 16 // num_warps * num_multiprocessors(state.device))
-    sizes = vector_sizes(state, largest_block=128 * num_warps)
-    return (num_chunks,), {**sizes, "KERNEL_SIZE": kernel_size, "chunk_length": chunk_length, "num_warps": num_warps}
+    return {**vector_sizes(state, largest_block=128 * num_warps), "KERNEL_SIZE": kernel_size, "num_warps": num_warps}
 
 
-def block_launch_options(
-    state: torch.Tensor, kernel_size: int, programs_per_sm: int
-) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and sizes for programs that have one block of features, which keep K n numbers for each in registers: at most 64."""
+def block_launch_sizes(state: torch.Tensor, kernel_size: int) -> tuple[int, dict[str, int]]:
+    """
+    Number of blocks of features, and compile-time sizes of programs that have one, which keep K n numbers for each feature in
+    registers: at most 64.
+    """
     sizes = vector_sizes(state, largest_block=256)
-    num_blocks, num_numbers = sizes.pop("NUM_BLOCKS"), kernel_size * state.shape[1] * sizes["BLOCK_D"]
-    num_programs = programs_per_sm * num_multiprocessors(state.device)
-    num_chunks, chunk_length = chunks(state, triton.cdiv(num_programs, num_blocks))
-    num_warps = min(max(2, triton.next_power_of_2(num_numbers // 2048)), 32)
-    sizes |= {"KERNEL_SIZE": kernel_size, "chunk_length": chunk_length, "num_warps": num_warps}
-    return (num_blocks, num_chunks), sizes
+    num_blocks = sizes.pop("NUM_BLOCKS")
+    num_warps = min(max(2, triton.next_power_of_2(kernel_size * state.shape[1] * sizes["BLOCK_D"] // 2048)), 32)
+    return num_blocks, {**sizes, "KERNEL_SIZE": kernel_size, "num_warps": num_warps}
+
+
+def chunks(num_tokens: int, kernel: Callable, *args, num_blocks: int = 1, **options) -> tuple[int, int]:
+    """Number and length of the chunks of tokens of which each program of a kernel with such arguments has one."""
+    num_programs = resident_programs(kernel, *args, num_tokens, **options)
+    chunk_length = triton.cdiv(num_tokens, max(num_programs // num_blocks, 1))
+    return triton.cdiv(num_tokens, chunk_length), chunk_length
 
 
 # Every operation takes tokens in one dimension, as those of `ops_triton_ddl`, and the mixing `[K, n, d]`. Sequences of
@@ -554,14 +551,17 @@ def convolution_op(
     """Returns new state, x `[tokens, d]` and, for the backward pass, Xᵀk, w and 1/‖k̃‖."""
     outputs = convolution_outputs(state, direction, begins_sublayer)
     if state.shape[0] > 0:
-        grid, sizes = launch_options(state, mixing.shape[0])
-        convolution_forward_kernel[grid](
+        args = (
             state, direction, target, gate, keep, amplitude, mixing, order, segment, *outputs,
-            state.shape[0], seq_length,
-            key_eps=key_eps, HAS_ORDER=order is not None, HAS_WRITE=direction is not None, HAS_GATE=gate is not None, ERASE=erase,
-            HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None, STORE_STATE=begins_sublayer,
-            **sizes,
+            key_eps, state.shape[0], seq_length,
         )  # fmt: skip
+        options = dict(
+            HAS_ORDER=order is not None, HAS_WRITE=direction is not None, HAS_GATE=gate is not None, ERASE=erase,
+            HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None, STORE_STATE=begins_sublayer,
+            **launch_sizes(state, mixing.shape[0]),
+        )  # fmt: skip
+        num_chunks, chunk_length = chunks(state.shape[0], convolution_forward_kernel, *args, **options)
+        convolution_forward_kernel[num_chunks,](*args, chunk_length, **options)
     return outputs
 
 
@@ -610,29 +610,38 @@ def convolution_backward_op(
     outputs = convolution_backward_outputs(snapshot, direction, target, gate, mixing)
     if num_tokens == 0:
         return [output.zero_() for output in outputs]
-    grad_state, grad_direction, grad_target, grad_gate, *_ = outputs
+    *per_token, grad_mixing, grad_scalars = outputs
+    grad_state, grad_direction, grad_target, grad_gate = per_token
     grad_erased = torch.empty_like(readout)
     kernel_size = mixing.shape[0]
     flags = {"HAS_ORDER": order is not None, "HAS_WRITE": direction is not None, "ERASE": erase}
 
-    grid, sizes = launch_options(snapshot, kernel_size)
-    grad_scalars = snapshot.new_empty(*grid, 2, n, dtype=torch.float32)
-    convolution_backward_state_kernel[grid](
+    args = (
         direction, target, gate, keep, readout, write, inv_key_norm, mixing, order, segment,
-        grad_new_state, grad_hidden, grad_state, grad_direction, grad_erased, grad_target, grad_gate, grad_scalars,
-        num_tokens, seq_length, HAS_GRAD_STATE=grad_new_state is not None, HAS_GATE=gate is not None,
-        HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None, **sizes, **flags,
+        grad_new_state, grad_hidden, grad_state, grad_direction, grad_erased, grad_target, grad_gate,
     )  # fmt: skip
+    options = dict(
+        HAS_GRAD_STATE=grad_new_state is not None, HAS_GATE=gate is not None, HAS_KEEP=keep is not None,
+        HAS_AMPLITUDE=amplitude is not None, **launch_sizes(snapshot, kernel_size), **flags,
+    )  # fmt: skip
+    kernel, lengths = convolution_backward_state_kernel, (num_tokens, seq_length)
+    num_chunks, chunk_length = chunks(num_tokens, kernel, *args, grad_scalars, *lengths, **options)
+    grad_scalars = grad_scalars.new_empty(num_chunks, *grad_scalars.shape)
+    kernel[num_chunks,](*args, grad_scalars, *lengths, chunk_length, **options)
 
-    # With 128 registers a thread and 154
-    grid, sizes = block_launch_options(snapshot, kernel_size, programs_per_sm=8 if len(replays) <= 2 else 6)
-    grad_mixing = snapshot.new_empty(grid[1], *mixing.shape, dtype=torch.float32)
-    convolution_backward_mixing_kernel[grid](
+    num_blocks, sizes = block_launch_sizes(snapshot, kernel_size)
+    args = (
         snapshot, *replays, *[None] * (2 * MAX_REPLAYS - len(replays)), direction, write, order, segment,
-        grad_hidden, grad_erased, grad_direction, grad_mixing,
-        num_tokens, seq_length, NUM_REPLAYS=len(replays) // 2, **sizes, **flags,
+        grad_hidden, grad_erased, grad_direction,
     )  # fmt: skip
-    return [grad_state, grad_direction, grad_target, grad_gate, grad_mixing.sum(0), grad_scalars.sum(0)]
+    options = {"NUM_REPLAYS": len(replays) // 2, **sizes, **flags}
+    kernel = convolution_backward_mixing_kernel
+    num_chunks, chunk_length = chunks(
+        num_tokens, kernel, *args, grad_mixing, *lengths, num_blocks=num_blocks, **options
+    )
+    grad_mixing = grad_mixing.new_empty(num_chunks, *grad_mixing.shape)
+    kernel[num_blocks, num_chunks](*args, grad_mixing, *lengths, chunk_length, **options)
+    return [*per_token, grad_mixing.sum(0), grad_scalars.sum(0)]
 
 
 def convolution_backward_outputs(
@@ -712,10 +721,12 @@ def expansion_op(
     """The state `[tokens, n, d]` in the given dtype, of embeddings `[tokens, d]`."""
     state = embeddings.new_empty(embeddings.shape[0], *mixing.shape[1:], dtype=dtype)
     if state.shape[0] > 0:
-        grid, sizes = block_launch_options(state, mixing.shape[0], programs_per_sm=12)
-        expansion_forward_kernel[grid](
-            embeddings, mixing, order, segment, state, state.shape[0], seq_length, HAS_ORDER=order is not None, **sizes
-        )
+        num_blocks, sizes = block_launch_sizes(state, mixing.shape[0])
+        args = (embeddings, mixing, order, segment, state, state.shape[0], seq_length)
+        options = {"HAS_ORDER": order is not None, **sizes}
+        kernel = expansion_forward_kernel
+        num_chunks, chunk_length = chunks(state.shape[0], kernel, *args, num_blocks=num_blocks, **options)
+        kernel[num_blocks, num_chunks](*args, chunk_length, **options)
     return state
 
 
@@ -738,12 +749,18 @@ def expansion_backward_op(
     grad_embeddings = torch.empty_like(embeddings)
     if embeddings.shape[0] == 0:
         return grad_embeddings, mixing.new_zeros(mixing.shape)
-    grid, sizes = block_launch_options(grad_state, mixing.shape[0], programs_per_sm=5)
-    grad_mixing = mixing.new_empty(grid[1], *mixing.shape)
-    expansion_backward_kernel[grid](
-        embeddings, mixing, order, segment, grad_state, grad_embeddings, grad_mixing,
-        embeddings.shape[0], seq_length, HAS_ORDER=order is not None, **sizes,
-    )  # fmt: skip
+    num_blocks, sizes = block_launch_sizes(grad_state, mixing.shape[0])
+    args, lengths = (
+        (embeddings, mixing, order, segment, grad_state, grad_embeddings),
+        (embeddings.shape[0], seq_length),
+    )
+    options = {"HAS_ORDER": order is not None, **sizes}
+    kernel, stand_in = expansion_backward_kernel, mixing
+    num_chunks, chunk_length = chunks(
+        embeddings.shape[0], kernel, *args, stand_in, *lengths, num_blocks=num_blocks, **options
+    )
+    grad_mixing = mixing.new_empty(num_chunks, *mixing.shape)
+    kernel[num_blocks, num_chunks](*args, grad_mixing, *lengths, chunk_length, **options)
     return grad_embeddings, grad_mixing.sum(0)
 
 

@@ -711,27 +711,44 @@ def vector_sizes(state: torch.Tensor, largest_block: int = 512) -> dict[str, int
     return {"D": d, "N": n, "BLOCK_D": block_d, "NUM_BLOCKS": triton.cdiv(d, block_d)}
 
 
-def num_multiprocessors(device: torch.device) -> int:
-    # Triton's interpreter has none
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def launch_options(state: torch.Tensor, num_values: int, backward: bool) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and compile-time sizes for `state` `[tokens, n, d]`, as measured best on an H200 (`benchmarks/NOTES.md`)."""
-    num_tokens, n, d = state.shape
+def launch_sizes(state: torch.Tensor, num_values: int, backward: bool) -> dict[str, int]:
+    """Compile-time sizes for `state` `[tokens, n, d]`, as measured best on an H200 (`benchmarks/NOTES.md`)."""
+    _, n, d = state.shape
+    options = {}
     if backward:
-        # Each program keeps the sums of the parameters' gradients in registers: at most 80 of a thread. There are as many as
-        # are resident at a time, since a second round would take as long as the first
+        # Each program keeps the sums of the parameters' gradients in registers: at most 80 of a thread
         num_sums = (n + num_values + 2) * d
         num_warps = max(2 if num_sums <= 4096 else 4, triton.next_power_of_2(num_sums // 2560))
-        resident_warps = 8 if n > 2 else 12 if num_values == n else 20
-        programs_per_sm = max(1, resident_warps // num_warps)
+        if n == 1 and num_warps == 2 and torch.version.cuda:
+            # Room for six programs on a multiprocessor; to load ahead, the compiler would take up to 228
+            options["maxnreg"] = 168
     else:
         num_warps = max(2, triton.next_power_of_2(triton.cdiv(n * d, 1536)))
-        # With 3 or 4 channels, as many as are resident at a time, of 128 registers a thread; with others, more than that
-        programs_per_sm = max(1, 16 // num_warps) if n in (3, 4) else 32
-    sizes = {**vector_sizes(state), "NUM_VALUES": num_values, "num_warps": min(num_warps, 32)}
-    return (min(num_multiprocessors(state.device) * programs_per_sm, num_tokens),), sizes
+    return {**vector_sizes(state), "NUM_VALUES": num_values, "num_warps": min(num_warps, 32), **options}
+
+
+_resident_programs: dict[tuple, int] = {}
+
+
+def resident_programs(kernel: Callable, *args, **sizes) -> int:
+    """
+    How many programs of a kernel, launched with such arguments, all multiprocessors hold at a time. Where each takes an equal
+    share of the tokens there should be as many: a second round would take as long as the first.
+    """
+    if triton.knobs.runtime.interpret:
+        return 2
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    kinds = (arg.dtype if isinstance(arg, torch.Tensor) else type(arg) for arg in args)
+    key = (kernel, device, *kinds, *sizes.items())
+    if key not in _resident_programs:
+        compiled = kernel.warmup(*args, grid=(1,), **sizes)
+        compiled._init_handles()
+        gpu = torch.cuda.get_device_properties(device)
+        threads = gpu.warp_size * compiled.metadata.num_warps
+        registers = triton.cdiv(compiled.n_regs, 8) * 8 * threads
+        programs = min(gpu.regs_per_multiprocessor // registers, gpu.max_threads_per_multi_processor // threads, 32)
+        _resident_programs[key] = max(programs, 1) * gpu.multi_processor_count
+    return _resident_programs[key]
 
 
 def on_its_device(operation: Callable) -> Callable:
@@ -784,18 +801,22 @@ def boundary_op(
     if value_activation == VALUE_ACTIVATIONS["constant"]:
         new_target.fill_(value_scale)
     if state.shape[0] > 0:
-        grid, sizes = launch_options(state, num_values, backward=False)
-        boundary_forward_kernel[grid](
+        args = (
             state, direction, target, gate, keep, amplitude,
             mixing, norm_weight, value_weight, value_bias, gate_weight, gate_bias,
             new_state, context, new_target, new_gate, readout, write, inv_key_norm, rstd,
             state.shape[0], key_eps, norm_eps, value_scale,
+        )  # fmt: skip
+        options = dict(
             HAS_WRITE=direction is not None, HAS_GATE=gate is not None, ERASE=erase,
             HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None,
             STORE_STATE=begins_sublayer, HAS_MIXING=mixing is not None,
             HAS_HEADS=gate_weight is not None, HAS_VALUE_BIAS=value_bias is not None,
-            VALUE_FROM_CONTEXT=value_from_context, VALUE_ACTIVATION=value_activation, **sizes,
+            VALUE_FROM_CONTEXT=value_from_context, VALUE_ACTIVATION=value_activation,
+            **launch_sizes(state, num_values, backward=False),
         )  # fmt: skip
+        num_programs = resident_programs(boundary_forward_kernel, *args, **options)
+        boundary_forward_kernel[min(num_programs, state.shape[0]),](*args, **options)
     return outputs
 
 
@@ -866,19 +887,25 @@ def boundary_backward_op(
     outputs = boundary_backward_outputs(snapshot, direction, target, gate, num_values)
     if num_tokens == 0:
         return [output.zero_() for output in outputs]
-    grid, sizes = launch_options(snapshot, num_values, backward=True)
-    grad_rows, grad_scalars = (output.new_empty(*grid, *output.shape) for output in outputs[4:])
-    boundary_backward_kernel[grid](
+    *per_token, grad_rows, grad_scalars = outputs
+    args = (
         snapshot, *replays, *[None] * (2 * MAX_REPLAYS - len(replays)), direction, target, gate, keep,
         readout, write, inv_key_norm, mixing, norm_weight, value_weight, gate_weight, rstd, new_target, new_gate,
-        grad_new_state, grad_context, grad_new_target, grad_new_gate, *outputs[:4], grad_rows, grad_scalars,
-        num_tokens, value_scale,
+        grad_new_state, grad_context, grad_new_target, grad_new_gate, *per_token,
+    )  # fmt: skip
+    options = dict(
         NUM_REPLAYS=len(replays) // 2, HAS_GRAD_STATE=grad_new_state is not None, HAS_WRITE=direction is not None,
         HAS_GATE=gate is not None, ERASE=erase, HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None,
         HAS_MIXING=mixing is not None, HAS_HEADS=gate_weight is not None,
-        VALUE_FROM_CONTEXT=value_from_context, VALUE_ACTIVATION=value_activation, **sizes,
+        VALUE_FROM_CONTEXT=value_from_context, VALUE_ACTIVATION=value_activation,
+        **launch_sizes(snapshot, num_values, backward=True),
     )  # fmt: skip
-    return [*outputs[:4], grad_rows.sum(0), grad_scalars.sum(0)]
+    sizes = num_tokens, value_scale
+    num_programs = resident_programs(boundary_backward_kernel, *args, grad_rows, grad_scalars, *sizes, **options)
+    num_programs = min(num_programs, num_tokens)
+    grad_rows, grad_scalars = (sums.new_empty(num_programs, *sums.shape) for sums in (grad_rows, grad_scalars))
+    boundary_backward_kernel[num_programs,](*args, grad_rows, grad_scalars, *sizes, **options)
+    return [*per_token, grad_rows.sum(0), grad_scalars.sum(0)]
 
 
 def boundary_backward_outputs(

@@ -56,6 +56,11 @@ def trained(name: str, size: str, compiled: bool) -> Callable:
     return training_step(build(name, size).to(DEVICE).train(), tokens, compiled)
 
 
+def decoded(name: str, size: str, batch_size: int) -> Callable:
+    """Generates so many tokens, of which the prefill is shared out among them."""
+    return partial(generate, build_in_bf16(name, size), batch_size, NEW_TOKENS)
+
+
 def measure(name: str, step: Callable, steps: int) -> tuple[float, list[dict]]:
     """Milliseconds of one of the `steps` that a call makes, by the clock and, beside its launches, for each kernel."""
     for _ in range(WARMUP):
@@ -97,14 +102,15 @@ def main():
     args = parser.parse_args()
     if DEVICE == "cpu":
         parser.error("there is no GPU to profile")
+    if args.eager and args.decode is not None:
+        parser.error("--eager is for training: decoding is always compiled")
 
     results, totals = [], {}
     for name in args.models:
         if args.decode is None:
             milliseconds, kernels = measure(name, trained(name, args.size, not args.eager), 1)
         else:
-            model = build_in_bf16(name, args.size)
-            milliseconds, kernels = measure(name, partial(generate, model, args.decode, NEW_TOKENS), NEW_TOKENS)
+            milliseconds, kernels = measure(name, decoded(name, args.size, args.decode), NEW_TOKENS)
         results += kernels[: args.kernels]
         total = collections.Counter()
         for result in kernels:

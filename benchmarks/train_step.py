@@ -114,6 +114,8 @@ def main():
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args()
+    if not set(args.liger) <= set(args.models):
+        parser.error(f"--liger: {args.liger}; allowed: some of --models")
 
     results = []
     for size in args.sizes:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,8 +43,8 @@ VARIANTS = {
     "scalar-linear-value": {"num_value_channels": 1, "value_activation": None},
     "write-only": {"residual_type": "write_only"},
     "scalar-write-only": {"residual_type": "write_only", "num_value_channels": 1},
-    "expanded-additive": {"residual_type": "expanded_additive"},
-    "anchored": {"value_anchor": 0.5},
+    "expanded-additive": {"residual_type": "expanded_additive", "num_hidden_layers": 3},
+    "anchored": {"value_anchor": 0.5, "num_hidden_layers": 3},
     "scalar-anchored": {"num_value_channels": 1, "value_anchor": 1.0},
     "token": {"compressor": "token", "num_hidden_layers": 3},
     "token-without-ec": TWO_TOKENS | {"share_compressor": False, "embedding_conv": False},
@@ -583,9 +584,31 @@ def test_decoding_in_cuda_graphs(variant, monkeypatch):
     assert hasattr(model, "_compiled_call"), "not compiled"
 
 
+H200 = SimpleNamespace(warp_size=32, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048)
+
+
+@pytest.mark.parametrize(
+    ("num_warps", "programs"),
+    [
+        (2, {32: 32, 40: 24, 48: 20, 88: 10, 107: 8, 128: 8, 135: 6, 144: 6, 168: 6, 184: 4, 199: 4, 228: 4, 255: 4}),
+        (4, {32: 16, 96: 5, 103: 4, 128: 4, 154: 3, 168: 3, 254: 2}),
+        (8, {255: 1}),
+        (16, {64: 2, 255: 1}),
+    ],
+)
+def test_resident_programs(num_warps, programs):
+    """The numbers of CUDA's occupancy calculator for sm_90; of programs that are too large for a GPU, one is tried."""
+    from transformers_ddl.ops_triton_ddl import programs_per_multiprocessor
+
+    assert programs == {registers: programs_per_multiprocessor(registers, num_warps, H200) for registers in programs}
+
+
 def test_kernels_for_hopper():
     """All programs of a kernel run at the same time, and keep what they sum in registers."""
-    options = [{"num_value_channels": 1}, {}, {"compressor": "token"}]
+    from transformers_ddl.ops_triton_ddl import programs_per_multiprocessor
+
+    scalar = {"num_value_channels": 1, "hidden_size": 768, "num_hidden_layers": 3}
+    options = [scalar, {"compressor": "token"}]
     process = subprocess.run(
         [sys.executable, Path(__file__).with_name("hopper.py"), json.dumps(options)],
         env=os.environ | {"TRITON_INTERPRET": "0"},
@@ -598,6 +621,5 @@ def test_kernels_for_hopper():
     assert {f"{name}_{way}" for name in ("boundary", "expansion") for way in ("forward", "backward")} < names
     assert {"convolution_forward", "convolution_backward_state", "convolution_backward_mixing"} < names
     for launch in launches:
-        threads = 32 * launch["warps"]
-        resident = 132 * min(65536 // (-(-launch["registers"] // 8) * 8 * threads), 2048 // threads, 32)
+        resident = 132 * programs_per_multiprocessor(launch["registers"], launch["warps"], H200)
         assert launch["stack"] == 0 and 0.8 * resident < math.prod(launch["grid"]) <= resident, launch

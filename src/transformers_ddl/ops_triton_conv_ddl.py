@@ -755,7 +755,7 @@ def expansion_backward_op(
         (embeddings.shape[0], seq_length),
     )
     options = {"HAS_ORDER": order is not None, **sizes}
-    kernel, stand_in = expansion_backward_kernel, mixing
+    kernel, stand_in = expansion_backward_kernel, torch.empty_like(mixing)
     num_chunks, chunk_length = chunks(
         embeddings.shape[0], kernel, *args, stand_in, *lengths, num_blocks=num_blocks, **options
     )

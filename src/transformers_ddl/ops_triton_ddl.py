@@ -719,12 +719,22 @@ def launch_sizes(state: torch.Tensor, num_values: int, backward: bool) -> dict[s
         # Each program keeps the sums of the parameters' gradients in registers: at most 80 of a thread
         num_sums = (n + num_values + 2) * d
         num_warps = max(2 if num_sums <= 4096 else 4, triton.next_power_of_2(num_sums // 2560))
-        if n == 1 and num_warps == 2 and torch.version.cuda:
-            # Room for six programs on a multiprocessor; to load ahead, the compiler would take up to 228
+        if n == 1 and num_sums <= 3072 and torch.version.cuda:
+            # Room for six programs on a multiprocessor; to load ahead, the compiler would take up to 228. More sums would spill
             options["maxnreg"] = 168
     else:
         num_warps = max(2, triton.next_power_of_2(triton.cdiv(n * d, 1536)))
     return {**vector_sizes(state), "NUM_VALUES": num_values, "num_warps": min(num_warps, 32), **options}
+
+
+def programs_per_multiprocessor(num_registers: int, num_warps: int, gpu) -> int:
+    """
+    As many of `num_warps` warps as the registers, so many for each thread, and threads of a GPU's properties allow. Registers lie in
+    four files, of which each warp uses one.
+    """
+    registers_per_warp = triton.cdiv(num_registers, 8) * 8 * gpu.warp_size
+    max_warps = gpu.max_threads_per_multi_processor // gpu.warp_size
+    return max(min(4 * (gpu.regs_per_multiprocessor // 4 // registers_per_warp), max_warps) // num_warps, 1)
 
 
 _resident_programs: dict[tuple, int] = {}
@@ -738,16 +748,22 @@ def resident_programs(kernel: Callable, *args, **sizes) -> int:
     if triton.knobs.runtime.interpret:
         return 2
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-    kinds = (arg.dtype if isinstance(arg, torch.Tensor) else type(arg) for arg in args)
+    # Integers of 1 and multiples of 16 are compiled for themselves
+    kinds = (
+        arg.dtype
+        if isinstance(arg, torch.Tensor)
+        else (arg == 1, arg % 16 == 0)
+        if isinstance(arg, int)
+        else type(arg)
+        for arg in args
+    )
     key = (kernel, device, *kinds, *sizes.items())
     if key not in _resident_programs:
         compiled = kernel.warmup(*args, grid=(1,), **sizes)
         compiled._init_handles()
         gpu = torch.cuda.get_device_properties(device)
-        threads = gpu.warp_size * compiled.metadata.num_warps
-        registers = triton.cdiv(compiled.n_regs, 8) * 8 * threads
-        programs = min(gpu.regs_per_multiprocessor // registers, gpu.max_threads_per_multi_processor // threads, 32)
-        _resident_programs[key] = max(programs, 1) * gpu.multi_processor_count
+        programs = programs_per_multiprocessor(compiled.n_regs, compiled.metadata.num_warps, gpu)
+        _resident_programs[key] = programs * gpu.multi_processor_count
     return _resident_programs[key]
 
 

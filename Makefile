@@ -16,7 +16,7 @@ quickstart: .venv/installed
 test: .venv/installed
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
-	.venv/bin/python -m pytest -n auto --dist loadfile -m "not slow and not gpu"
+	.venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 # torch goes first and pinned: without the pin, its newest release and the libraries of its GPU build would be
 # downloaded before pip finds out that another one is wanted.

@@ -857,7 +857,7 @@ def test_output_folder_appears_only_when_it_is_whole(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the memory of a process from /proc")
-@pytest.mark.parametrize("kind", ["safetensors", "bin", "llama"])
+@pytest.mark.parametrize("kind", ["safetensors", pytest.param("bin", marks=pytest.mark.slow), "llama"])
 def test_memory_of_a_conversion(kind, tmp_path):
     """Parameters go from file to file: the process itself never holds half of them."""
     path, vocab_size = tmp_path / "theirs", 1_600_000

@@ -155,6 +155,7 @@ def save(model, tokenizer, folder):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_lm_eval_with_remote_code(tokenizer, workplace):
     """The command `lm_eval`, in a process that never imports the package."""
     model = make_model("cc", tokenizer)

@@ -415,7 +415,9 @@ KILLED = {
 }
 
 
-@pytest.mark.parametrize("kind", KILLED)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "adapters" else pytest.mark.slow) for kind in KILLED]
+)
 def test_killed_and_continued(workplace, kind):
     """While the second checkpoint is written: the same weights to the last bit as without an interruption."""
     folders = [f"{kind} {name}".replace(" ", "-") for name in ("uninterrupted", "killed")]

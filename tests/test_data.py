@@ -276,7 +276,7 @@ def test_missing_source(tmp_path, monkeypatch, source, message):
     [
         ("empty.txt", b"", r"0 for training, 0 held out"),
         ("empty.jsonl", b"", r"1 skipped \(1 empty\), 0 for training, 0 held out"),
-        ("empty.jsonl.gz", gzip.compress(b""), "data.source: cannot read .*: no rows"),
+        ("empty.jsonl.gz", gzip.compress(b"", mtime=0), "data.source: cannot read .*: no rows"),
         ("blank.txt", b" \n\n \n", r"0 for training, 0 held out"),
         ("single.txt", b"only one document", r"0 for training, 1 held out"),
         ("copies.txt", b"the same\n" * 50, r"0 for training, 50 held out"),

@@ -35,8 +35,9 @@ from transformers_ddl import DDLConfig, DDLForCausalLM
 
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-H200 = {"warp_size": 32, "regs_per_multiprocessor": 65536, "max_threads_per_multi_processor": 2048}
-NUM_MULTIPROCESSORS = 132
+H200 = SimpleNamespace(  # of torch's names for the properties of a GPU, those that grids depend on
+    warp_size=32, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, multi_processor_count=132
+)
 
 
 class Utils:
@@ -50,7 +51,7 @@ class Utils:
         return None, (name, int(registers), int(stack)), int(registers), 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448, "multiprocessor_count": NUM_MULTIPROCESSORS, "warpSize": 32}
+        return {"max_shared_mem": 232448, "multiprocessor_count": H200.multi_processor_count, "warpSize": 32}
 
 
 class Launcher:
@@ -81,8 +82,7 @@ class Driver:
 def main():
     os.environ["TRANSFORMERS_DDL_KERNELS"] = "1"
     driver.set_active(Driver())
-    gpu = SimpleNamespace(**H200, multi_processor_count=NUM_MULTIPROCESSORS)
-    with mock.patch("torch.cuda.get_device_properties", lambda device: gpu), mock.patch("torch.version.cuda", "13.0"):
+    with mock.patch("torch.cuda.get_device_properties", lambda device: H200), mock.patch("torch.version.cuda", "13.0"):
         for options in json.loads(sys.argv[1]):
             shape = {"hidden_size": 256, "num_attention_heads": 2, "num_hidden_layers": 1} | options
             model = DDLForCausalLM(DDLConfig(vocab_size=8, **shape)).bfloat16()

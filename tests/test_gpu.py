@@ -119,30 +119,21 @@ def test_on_another_gpu_than_the_current_one(variant):
         near(gradients[name].cuda(), gradient)
 
 
-@variants
+@pytest.mark.parametrize("variant", ["llama", *VARIANTS, "anchored"])
 def test_export(variant):
-    """A program made on the GPU, for lengths other than the one that it was made from, padding included."""
-    model, tokens = gpu_model(variant), random_tokens(2, 9).cuda()
+    """A program made on the GPU, for lengths other than the one that it was made from, padding included; as a Llama's."""
+    model = LlamaForCausalLM(LlamaConfig(**TINY)).cuda().eval() if variant == "llama" else gpu_model(variant)
+    tokens = random_tokens(2, 9).cuda()
     sequence = {1: torch.export.Dim("sequence", min=2, max=64)}
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
-
-    def export(model):
-        return torch.export.export(
-            model,
-            (),
-            {"input_ids": tokens, "attention_mask": mask, "use_cache": False},
-            dynamic_shapes={"input_ids": sequence, "attention_mask": sequence, "use_cache": None},
-            strict=False,
-        )
-
-    # torch 2.11 fixes the length by the attention that it takes on a GPU
-    llama = LlamaForCausalLM(LlamaConfig(**TINY)).cuda()
-    try:
-        export(llama)
-    except torch._dynamo.exc.UserError as error:
-        pytest.skip(f"no Llama can be exported here: {str(error).splitlines()[0]}")
-    program = export(model)
+    program = torch.export.export(
+        model,
+        (),
+        {"input_ids": tokens, "attention_mask": mask, "use_cache": False},
+        dynamic_shapes={"input_ids": sequence, "attention_mask": sequence, "use_cache": None},
+        strict=False,
+    )
     tokens = random_tokens(2, 12, seed=1).cuda()
     mask = torch.ones_like(tokens)
     mask[0, :5] = mask[1, -3:] = 0

@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -584,9 +583,6 @@ def test_decoding_in_cuda_graphs(variant, monkeypatch):
     assert hasattr(model, "_compiled_call"), "not compiled"
 
 
-H200 = SimpleNamespace(warp_size=32, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048)
-
-
 @pytest.mark.parametrize(
     ("num_warps", "programs"),
     [
@@ -598,6 +594,8 @@ H200 = SimpleNamespace(warp_size=32, regs_per_multiprocessor=65536, max_threads_
 )
 def test_resident_programs(num_warps, programs):
     """The numbers of CUDA's occupancy calculator for sm_90; of programs that are too large for a GPU, one is tried."""
+    from hopper import H200
+
     from transformers_ddl.ops_triton_ddl import programs_per_multiprocessor
 
     assert programs == {registers: programs_per_multiprocessor(registers, num_warps, H200) for registers in programs}
@@ -605,6 +603,8 @@ def test_resident_programs(num_warps, programs):
 
 def test_kernels_for_hopper():
     """All programs of a kernel run at the same time, and keep what they sum in registers."""
+    from hopper import H200
+
     from transformers_ddl.ops_triton_ddl import programs_per_multiprocessor
 
     scalar = {"num_value_channels": 1, "hidden_size": 768, "num_hidden_layers": 3}
@@ -621,5 +621,5 @@ def test_kernels_for_hopper():
     assert {f"{name}_{way}" for name in ("boundary", "expansion") for way in ("forward", "backward")} < names
     assert {"convolution_forward", "convolution_backward_state", "convolution_backward_mixing"} < names
     for launch in launches:
-        resident = 132 * programs_per_multiprocessor(launch["registers"], launch["warps"], H200)
+        resident = H200.multi_processor_count * programs_per_multiprocessor(launch["registers"], launch["warps"], H200)
         assert launch["stack"] == 0 and 0.8 * resident < math.prod(launch["grid"]) <= resident, launch

@@ -119,6 +119,12 @@ def test_on_another_gpu_than_the_current_one(variant):
         near(gradients[name].cuda(), gradient)
 
 
+@pytest.mark.xfail(
+    torch.__version__.startswith("2.11."),
+    raises=torch._dynamo.exc.UserError,
+    reason="there, no length is dynamic on a GPU, a Llama's neither",
+    strict=True,
+)
 @pytest.mark.parametrize("variant", ["llama", *VARIANTS, "anchored"])
 def test_export(variant):
     """A program made on the GPU, for lengths other than the one that it was made from, padding included; as a Llama's."""

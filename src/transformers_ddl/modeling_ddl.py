@@ -78,7 +78,7 @@ class DDLRMSNorm(LlamaRMSNorm):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.dtype != torch.float64:
-            return super().forward(hidden_states)
+            return LlamaRMSNorm.forward(self, hidden_states)
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 

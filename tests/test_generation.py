@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import CONV_VARIANTS, VARIANTS, close, random_tokens, tiny_model
 from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 
 BATCH, LENGTH = 2, 12
@@ -245,6 +246,20 @@ def test_static_cache_is_used_again(variant):
     for batch_size, prompt_length in ((2, 5), (2, 3), (1, 6), (3, 1), (2, 5)):
         prompt = random_tokens(batch_size, prompt_length, seed=prompt_length)
         assert torch.equal(generate(model, prompt, cache_implementation="static"), greedy(model, prompt, 8))
+
+
+@variants
+def test_one_mask_for_each_token(variant, monkeypatch):
+    """Of what `generate` does between compiled forward passes, masks are most."""
+    model, prompt = tiny_model(variant), random_tokens(1, 5)
+    masks, make_mask = [], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping,
+        "sdpa",
+        lambda *args, **kwargs: masks.append(make_mask(*args, **kwargs)),
+    )
+    generate(model, prompt, new_tokens=4, min_new_tokens=4, cache_implementation="static")
+    assert len(masks) == 4
 
 
 @variants

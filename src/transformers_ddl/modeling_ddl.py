@@ -37,7 +37,11 @@ from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin, StaticCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    find_packed_sequence_indices,
+)
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -78,6 +82,7 @@ class DDLRMSNorm(LlamaRMSNorm):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.dtype != torch.float64:
+            # Of `super()`, Dynamo would check the classes of every single norm at each call
             return LlamaRMSNorm.forward(self, hidden_states)
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
@@ -1066,6 +1071,31 @@ class DDLForCausalLM(DDLPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: DDLConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> dict[str, torch.Tensor | None]:
+        """
+        The masks of a forward pass that `generate` may compile, as transformers makes them; but one for the attention of all
+        layers, where transformers may make another one for those with convolutions (it depends on the order of a set).
+        """
+        mask_kwargs = {
+            "config": config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        masks = {"full_attention": create_causal_mask(**mask_kwargs)}
+        if config.number_of_conv_states > 0:
+            masks["linear_attention"] = create_recurrent_attention_mask(**mask_kwargs)
+        return masks
 
     def _head_is_plain(self) -> bool:
         # A head that an adapter wraps, or whose weight is sharded or quantised, must be called

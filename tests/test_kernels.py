@@ -20,7 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from transformers import CompileConfig, DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
 
-from transformers_ddl import DDLForCausalLM
+from transformers_ddl import DDLForCausalLM, ops_ddl
 from transformers_ddl.modeling_ddl import DDLEmbeddingConvolution, DDLTokenCompressor, delta_rewrite
 
 
@@ -447,8 +447,28 @@ def test_only_a_backward_pass_holds_earlier_states():
     assert histories == 2 * model.config.num_hidden_layers * [()]
 
 
+@pytest.mark.parametrize(
+    ("options", "num_replays"),
+    [({"num_value_channels": 2}, 0), ({"num_value_channels": 2}, 8), (TWO_TOKENS, 5)],
+    ids=["none", "channel", "token"],
+)
+def test_number_of_writes_that_are_replayed(options, num_replays, monkeypatch):
+    torch.manual_seed(0)
+    model = randomise(DDLForCausalLM(tiny_config(num_hidden_layers=4, **options))).to(DEVICE).train()
+    tokens = torch.randint(0, model.config.vocab_size, (1, 3), device=DEVICE)
+    expected = run(model, tokens, monkeypatch, "1")
+    lengths = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda layer, args, outputs: lengths.append(len(outputs[2])))
+    monkeypatch.setattr(ops_ddl, "NUM_REPLAYS", num_replays)
+    for name, value in run(model, tokens, monkeypatch, "1").items():
+        assert relative_error(value, expected[name]) < 1e-5, name
+    # A snapshot, then direction and weights of each write; a layer makes the first of its two
+    assert lengths == [1 + 2 * ((2 * i) % (num_replays + 1) + 1) for i in range(4)]
+
+
 def test_states_that_are_rebuilt_drift_little():
-    """Over 48 sublayers in bfloat16, each state is that of the last snapshot with up to three writes replayed on it."""
+    """Over 48 sublayers in bfloat16, each state is that of the last snapshot with the writes since replayed on it."""
     from transformers_ddl.ops_ddl import NUM_REPLAYS
     from transformers_ddl.ops_triton_ddl import boundary_op
 

@@ -28,7 +28,6 @@ import torch
 from transformers.utils.import_utils import is_triton_available
 
 from .ops_triton_ddl import (
-    MAX_REPLAYS,
     NAMESPACE,
     add,
     add_products,
@@ -308,12 +307,7 @@ def convolution_backward_state_kernel(
 @triton.jit(do_not_specialize=["chunk_length"])
 def convolution_backward_mixing_kernel(
     snapshot_ptr,
-    replay0_direction_ptr,
-    replay0_write_ptr,
-    replay1_direction_ptr,
-    replay1_write_ptr,
-    replay2_direction_ptr,
-    replay2_write_ptr,
+    replays,  # direction and w of each write since the snapshot
     direction_ptr,
     write_ptr,
     order_ptr,
@@ -358,12 +352,7 @@ def convolution_backward_mixing_kernel(
         grad_hidden = load_vectors(grad_hidden_ptr + token * D, 1, D, BLOCK_D, 1, first_feature)
         state = rebuild_state(
             snapshot_ptr,
-            replay0_direction_ptr,
-            replay0_write_ptr,
-            replay1_direction_ptr,
-            replay1_write_ptr,
-            replay2_direction_ptr,
-            replay2_write_ptr,
+            replays,
             token,
             D,
             N,
@@ -631,7 +620,7 @@ def convolution_backward_op(
 
     num_blocks, sizes = block_launch_sizes(snapshot, kernel_size)
     args = (
-        snapshot, *replays, *[None] * (2 * MAX_REPLAYS - len(replays)), direction, write, order, segment,
+        snapshot, tuple(replays), direction, write, order, segment,
         grad_hidden, grad_erased, grad_direction,
     )  # fmt: skip
     options = {"NUM_REPLAYS": len(replays) // 2, **sizes, **flags}

@@ -36,6 +36,9 @@ from transformers.utils.import_utils import is_triton_available
 if is_triton_available():
     import triton
     import triton.language as tl
+    from triton.language.target_info import cuda_capability_geq
+
+    INTERPRETS = tl.constexpr(triton.knobs.runtime.interpret)
 
 # Remote code lies in a package of its own: an operator of the same name would replace this one without a word
 NAMESPACE = re.sub(r"\W", "_", __package__)
@@ -76,6 +79,32 @@ def store_vectors(
                 tl.store(block_ptr, value)
             else:
                 tl.store(block_ptr, value, mask=b * BLOCK_D + features < D)
+
+
+@triton.jit
+def prefetch(ptr, COUNT: tl.constexpr, D: tl.constexpr):
+    """
+    Has COUNT vectors brought into the L2 cache while something else is computed: for the next token, or each would wait for
+    the memory. To load it ahead takes registers, of which there are none left. Only a hint, and only since Hopper.
+    """
+    # One thread asks for all, in units of 16 bytes
+    num_bytes: tl.constexpr = COUNT * D * ptr.dtype.element_ty.primitive_bitwidth // 128 * 16
+    if cuda_capability_geq(9, 0) and not INTERPRETS and num_bytes > 0:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred is_first;
+            .reg .u32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 is_first, thread, 0;
+            @is_first cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r",
+            [ptr.to(tl.int64) & -16, num_bytes],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -334,6 +363,11 @@ def boundary_forward_kernel(
 ):
     # An int64 index makes offsets int64
     for token in range(tl.program_id(0).to(tl.int64), num_tokens, tl.num_programs(0)):
+        next_token = tl.minimum(token + tl.num_programs(0), num_tokens - 1)
+        prefetch(state_ptr + next_token * (N * D), N, D)
+        if HAS_WRITE:
+            prefetch(direction_ptr + next_token * D, 1, D)
+
         state = load_vectors(state_ptr + token * (N * D), N, D, BLOCK_D, NUM_BLOCKS)
         if HAS_WRITE:
             state = write_forward(
@@ -420,12 +454,7 @@ def replay(
 @triton.jit
 def rebuild_state(
     snapshot_ptr,
-    direction0_ptr,
-    write0_ptr,
-    direction1_ptr,
-    write1_ptr,
-    direction2_ptr,
-    write2_ptr,
+    replays,
     token,
     D: tl.constexpr,
     N: tl.constexpr,
@@ -436,12 +465,9 @@ def rebuild_state(
 ):
     """The state before a write, from an earlier one and the writes since."""
     state = load_vectors(snapshot_ptr + token * (N * D), N, D, BLOCK_D, NUM_BLOCKS, first_feature)
-    if NUM_REPLAYS > 0:
-        state = replay(state, direction0_ptr, write0_ptr, token, N, D, BLOCK_D, NUM_BLOCKS, first_feature)
-    if NUM_REPLAYS > 1:
-        state = replay(state, direction1_ptr, write1_ptr, token, N, D, BLOCK_D, NUM_BLOCKS, first_feature)
-    if NUM_REPLAYS > 2:
-        state = replay(state, direction2_ptr, write2_ptr, token, N, D, BLOCK_D, NUM_BLOCKS, first_feature)
+    for i in tl.static_range(NUM_REPLAYS):
+        direction_ptr, write_ptr = replays[2 * i], replays[2 * i + 1]
+        state = replay(state, direction_ptr, write_ptr, token, N, D, BLOCK_D, NUM_BLOCKS, first_feature)
     return state
 
 
@@ -523,12 +549,7 @@ def write_backward(
 @triton.jit
 def boundary_backward_kernel(
     snapshot_ptr,
-    replay0_direction_ptr,
-    replay0_write_ptr,
-    replay1_direction_ptr,
-    replay1_write_ptr,
-    replay2_direction_ptr,
-    replay2_write_ptr,
+    replays,  # direction and w of each write since the snapshot
     direction_ptr,
     target_ptr,
     gate_ptr,
@@ -583,6 +604,16 @@ def boundary_backward_kernel(
 
     program = tl.program_id(0).to(tl.int64)
     for token in range(program, num_tokens, tl.num_programs(0)):
+        next_token = tl.minimum(token + tl.num_programs(0), num_tokens - 1)
+        prefetch(grad_context_ptr + next_token * D, 1, D)
+        if HAS_GRAD_STATE:
+            prefetch(grad_new_state_ptr + next_token * (N * D), N, D)
+        prefetch(snapshot_ptr + next_token * (N * D), N, D)
+        for i in tl.static_range(NUM_REPLAYS):
+            prefetch(replays[2 * i] + next_token * D, 1, D)
+        if HAS_WRITE:
+            prefetch(direction_ptr + next_token * D, 1, D)
+
         # Read from the cache for every token: registers are for the sums
         norm_weight = load_vectors(norm_weight_ptr, 1, D, BLOCK_D, NUM_BLOCKS)
         if HAS_MIXING:
@@ -600,12 +631,7 @@ def boundary_backward_kernel(
             grad_state = zeros(N * NUM_BLOCKS, BLOCK_D)
         state = rebuild_state(
             snapshot_ptr,
-            replay0_direction_ptr,
-            replay0_write_ptr,
-            replay1_direction_ptr,
-            replay1_write_ptr,
-            replay2_direction_ptr,
-            replay2_write_ptr,
+            replays,
             token,
             D,
             N,
@@ -698,7 +724,6 @@ def boundary_backward_kernel(
     store_scalars(scalars_ptr + N + NUM_VALUES + 1, sum_amplitude, N)
 
 
-MAX_REPLAYS = 3
 VALUE_ACTIVATIONS = {None: 0, "sigmoid": 1, "constant": 2}
 
 
@@ -748,16 +773,15 @@ def resident_programs(kernel: Callable, *args, **sizes) -> int:
     if triton.knobs.runtime.interpret:
         return 2
     device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-    # Integers of 1 and multiples of 16 are compiled for themselves
-    kinds = (
-        arg.dtype
-        if isinstance(arg, torch.Tensor)
-        else (arg == 1, arg % 16 == 0)
-        if isinstance(arg, int)
-        else type(arg)
-        for arg in args
-    )
-    key = (kernel, device, *kinds, *sizes.items())
+
+    def kind(arg):
+        if isinstance(arg, torch.Tensor):
+            return arg.dtype
+        if isinstance(arg, int):  # 1 and multiples of 16 are compiled for themselves
+            return arg == 1, arg % 16 == 0
+        return tuple(map(kind, arg)) if isinstance(arg, tuple) else type(arg)
+
+    key = (kernel, device, kind(args), *sizes.items())
     if key not in _resident_programs:
         compiled = kernel.warmup(*args, grid=(1,), **sizes)
         compiled._init_handles()
@@ -905,7 +929,7 @@ def boundary_backward_op(
         return [output.zero_() for output in outputs]
     *per_token, grad_rows, grad_scalars = outputs
     args = (
-        snapshot, *replays, *[None] * (2 * MAX_REPLAYS - len(replays)), direction, target, gate, keep,
+        snapshot, tuple(replays), direction, target, gate, keep,
         readout, write, inv_key_norm, mixing, norm_weight, value_weight, gate_weight, rstd, new_target, new_gate,
         grad_new_state, grad_context, grad_new_target, grad_new_gate, *per_token,
     )  # fmt: skip

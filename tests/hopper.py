@@ -16,6 +16,7 @@ Compiles the kernels of training steps for a Hopper GPU that need not be there, 
 and grid, a line of JSON. Run by `test_kernels.py` in a process of its own, where Triton does not interpret.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -34,7 +35,7 @@ from triton.runtime import driver
 from transformers_ddl import DDLConfig, DDLForCausalLM
 
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 H200 = SimpleNamespace(  # of torch's names for the properties of a GPU, those that grids depend on
     warp_size=32, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048, multi_processor_count=132
 )
@@ -46,9 +47,15 @@ class Utils:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary)
             file.flush()
-            usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
-        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups()
-        return None, (name, int(registers), int(stack)), int(registers), 0, 1024
+            usage, code = (
+                subprocess.run(
+                    [BINARIES / program, *options, file.name], capture_output=True, text=True, check=True
+                ).stdout
+                for program, *options in (("cuobjdump", "-res-usage"), ("nvdisasm",))
+            )
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        function = {"kernel": name, "registers": registers, "stack": stack, "prefetches": code.count("UBLKPF.L2")}
+        return None, function, registers, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 232448, "multiprocessor_count": H200.multi_processor_count, "warpSize": 32}
@@ -61,9 +68,8 @@ class Launcher:
         self.num_warps = metadata.num_warps
 
     def __call__(self, *args):
-        *grid, _, (name, registers, stack) = args[:5]
-        launch = {"kernel": name, "grid": grid, "warps": self.num_warps, "registers": registers, "stack": stack}
-        print(json.dumps(launch), flush=True)
+        *grid, _, function = args[:5]
+        print(json.dumps(function | {"grid": grid, "warps": self.num_warps}), flush=True)
 
 
 class Driver:
@@ -82,7 +88,16 @@ class Driver:
 def main():
     os.environ["TRANSFORMERS_DDL_KERNELS"] = "1"
     driver.set_active(Driver())
-    with mock.patch("torch.cuda.get_device_properties", lambda device: H200), mock.patch("torch.version.cuda", "13.0"):
+    # Beside kernels, nothing is computed either
+    stubs = {
+        "torch.cuda.get_device_properties": lambda device: H200,
+        "torch.version.cuda": "13.0",
+        "torch.nn.functional.linear": lambda x, weight, bias=None: x[..., :1].expand(*x.shape[:-1], len(weight)),
+        "torch.nn.functional.scaled_dot_product_attention": lambda query, key, value, **kwargs: query + key + value,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, stub in stubs.items():
+            stack.enter_context(mock.patch(name, stub))
         for options in json.loads(sys.argv[1]):
             shape = {"hidden_size": 256, "num_attention_heads": 2, "num_hidden_layers": 1} | options
             model = DDLForCausalLM(DDLConfig(vocab_size=8, **shape)).bfloat16()

@@ -41,7 +41,13 @@ from transformers_ddl.comparison import (
     prepare_tokens,
 )
 from transformers_ddl.comparison_grid import Grid
-from transformers_ddl.comparison_report import loss_at, mean_and_error, paired_differences, select_results
+from transformers_ddl.comparison_report import (
+    loss_at,
+    mean_and_error,
+    paired_differences,
+    select_results,
+    tuning_table,
+)
 from transformers_ddl.tokenization import BOUNDARY_TOKEN
 
 
@@ -364,6 +370,28 @@ def test_changed_default(finished, workplace, capsys):
     assert "key_eps=0.001, which is 1e-05 by default now" in capsys.readouterr().err
 
 
+def test_axes_of_several_products(workplace):
+    """Trials that were made before a list got longer are still found."""
+    axes = [GRID["tune"]["axes"]["scalar"], {"lr": [1e-3], "value_activation": [None]}]
+    tune = GRID["tune"] | {"axes": {"additive": {"lr": [1e-3, 1e-2, 1e-1]}, "scalar": axes}}
+    Path("grid.yaml").write_text(yaml.safe_dump(GRID))
+    before = Grid.from_yaml("grid.yaml").trials("scalar")
+    Path("grid.yaml").write_text(yaml.safe_dump(GRID | {"tune": tune}))
+    trials = Grid.from_yaml("grid.yaml").trials("scalar")
+    assert [trial.tuned for trial in trials[2:]] == [{"lr": 1e-3, "value_activation": None}]
+    assert trials[2].config.value_activation is None and trials[2].training_settings.lr == 1e-3
+    assert [trial.identifier("") for trial in trials[:2]] == [trial.identifier("") for trial in before]
+
+    results = [{"tuned": trial.tuned, "diverged": False, "validation_loss": 3 - i} for i, trial in enumerate(trials)]
+    assert tuning_table(results).splitlines() == [
+        "| gate_init | lr | value_activation | validation loss |",
+        "| --- | --- | --- | --- |",
+        "| 0.2 |  |  | 3.0000 |",
+        "| 1.5 |  |  | 2.0000 |",
+        "|  | 0.001 | null | **1.0000** |",
+    ]
+
+
 BAD_GRIDS = {
     "missing section": (("seeds",), None, "seeds: missing"),
     "unknown section": (("colour",), "blue", "colour: unknown field; allowed: output, data"),
@@ -374,6 +402,8 @@ BAD_GRIDS = {
     "value on an axis": (("tune", "axes", "scalar"), {"gate_init": [0.2, 3]}, "gate_init must lie strictly between 0 and 2"),
     "axis without list": (("tune", "axes", "scalar"), {"lr": 1e-3}, "tune.axes.scalar.lr: got 0.001; allowed: a list"),
     "unequal trials": (("tune", "axes", "scalar", "lr"), [1, 2], "must be the same for every method, got additive 2, scalar 4"),
+    "axes in a list": (("tune", "axes", "scalar"), [{"lr": [1e-3]}, 2], "tune.axes.scalar: got 2; allowed: fields with lists"),
+    "no axes": (("tune", "axes", "scalar"), 2, "tune.axes.scalar: 2 has the wrong type; allowed: dict or list"),
     "untuned method": (("tune", "axes", "scalar"), None, "tune.axes.scalar: missing"),
     "no learning rate": (("methods", "scalar"), {"num_value_channels": 1}, "methods.scalar: "),
     "negative steps": (("training", "steps"), -1, "methods.additive: steps must be at least 1"),

@@ -622,7 +622,7 @@ def test_resident_programs(num_warps, programs):
 
 
 def test_kernels_for_hopper():
-    """All programs of a kernel run at the same time, and keep what they sum in registers."""
+    """All programs of a kernel run at the same time, and keep what they sum in registers; boundaries ask for the next token."""
     from hopper import H200
 
     from transformers_ddl.ops_triton_ddl import programs_per_multiprocessor
@@ -643,3 +643,4 @@ def test_kernels_for_hopper():
     for launch in launches:
         resident = H200.multi_processor_count * programs_per_multiprocessor(launch["registers"], launch["warps"], H200)
         assert launch["stack"] == 0 and 0.8 * resident < math.prod(launch["grid"]) <= resident, launch
+        assert bool(launch["prefetches"]) == launch["kernel"].startswith("boundary"), launch

@@ -124,7 +124,8 @@ class Grid:
         model     fields of [`DDLConfig`] that the methods share; `max_position_embeddings` is the length of sequences
         training  fields of [`TrainingSettings`] that the methods share
         methods   name: its own fields of either kind
-        tune      fraction (of the steps), seed, and axes (name of a method: field: values to try); may be left out
+        tune      fraction (of the steps), seed, and axes (name of a method: field: values to try, all combinations; or a list
+                  of such axes, one after another); may be left out
         seeds     of the final runs
     """
 
@@ -183,23 +184,31 @@ class Grid:
         _check_section("tune", self.tune, {"fraction": (float, int), "seed": int, "axes": dict})
         if not 0 < self.tune["fraction"] <= 1:
             raise InputError(f"tune.fraction: got {self.tune['fraction']}; allowed: above 0, at most 1")
-        axes = self.tune["axes"]
-        _check_section("tune.axes", axes, dict.fromkeys(self.methods, dict))
-        for method, values_of in axes.items():
-            for name, values in values_of.items():
-                if not isinstance(values, list) or not values:
-                    raise InputError(f"tune.axes.{method}.{name}: got {values!r}; allowed: a list of values to try")
-        numbers = {method: math.prod(map(len, axes[method].values())) for method in self.methods}
+        _check_section("tune.axes", self.tune["axes"], dict.fromkeys(self.methods, (dict, list)))
+        for method in self.methods:
+            for axes in self._axes(method):
+                if not isinstance(axes, dict):
+                    raise InputError(f"tune.axes.{method}: got {axes!r}; allowed: fields with lists of values to try")
+                for name, values in axes.items():
+                    if not isinstance(values, list) or not values:
+                        raise InputError(
+                            f"tune.axes.{method}.{name}: got {values!r}; allowed: a list of values to try"
+                        )
+        numbers = {method: len(self.trials(method)) for method in self.methods}
         if len(set(numbers.values())) > 1:
             counts = ", ".join(f"{method} {number}" for method, number in numbers.items())
             raise InputError(f"tune.axes: the number of trials must be the same for every method, got {counts}")
 
+    def _axes(self, method: str) -> list[dict[str, list]]:
+        axes = self.tune["axes"][method]
+        return axes if isinstance(axes, list) else [axes]
+
     def trials(self, method: str) -> list[Run]:
         if self.tune is None:
             return []
-        axes = self.tune["axes"][method]
         return [
             self._run(method, "tune", self.tune["seed"], dict(zip(axes, values)))
+            for axes in self._axes(method)
             for values in itertools.product(*axes.values())
         ]
 
@@ -226,5 +235,6 @@ def _check_section(section: str, values: Any, kinds: dict[str, Any], optional: d
         if name not in allowed:
             raise InputError(f"{prefix}{name}: unknown field; allowed: {', '.join(allowed)}")
         if not isinstance(value, allowed[name]):
-            kind = getattr(allowed[name], "__name__", "number")
+            kinds = allowed[name] if isinstance(allowed[name], tuple) else (allowed[name],)
+            kind = "number" if float in kinds else " or ".join(kind.__name__ for kind in kinds)
             raise InputError(f"{prefix}{name}: {value!r} has the wrong type; allowed: {kind}")

@@ -168,11 +168,11 @@ def seed_table(finals: dict[str, list[Result]]) -> str:
 def tuning_table(trials: list[Result]) -> str:
     finite = [trial for trial in trials if not trial["diverged"]]
     best = best_trial(trials) if finite else None
-    axes = list(trials[0]["tuned"])
+    axes = list(dict.fromkeys(name for trial in trials for name in trial["tuned"]))
     rows = []
     for trial in trials:
         loss = format_loss(trial)
-        values = [json.dumps(trial["tuned"].get(name)) for name in axes]
+        values = [json.dumps(trial["tuned"][name]) if name in trial["tuned"] else "" for name in axes]
         rows.append([*values, f"**{loss}**" if trial is best else loss])
     return table([*axes, "validation loss"], rows)
 

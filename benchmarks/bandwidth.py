@@ -12,7 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Achieved bandwidth of the fused boundary kernels, as share of a device copy's in the same run: medians of replayed CUDA graphs.
+Achieved bandwidth of the fused boundary kernels, as share of a device copy's in the same run: medians, of the kernels in
+replayed CUDA graphs, of the copy by itself.
 Bytes counted are those of the state and of vectors of the hidden size, once each: forward reads X and k̃ and writes X' and c;
 backward reads X, G, k̃ and ∂c and writes ∂X and ∂k̃, and reads one k̃ more for each write from which it rebuilds X. Compression
 over tokens takes more than one kernel each way, between which 2 vectors more move forward, and 7 backward.

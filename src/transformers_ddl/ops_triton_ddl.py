@@ -85,7 +85,7 @@ def store_vectors(
 def prefetch(ptr, COUNT: tl.constexpr, D: tl.constexpr):
     """
     Has COUNT vectors brought into the L2 cache while something else is computed: for the next token, or each would wait for
-    the memory. To load it ahead takes registers, of which there are none left. Only a hint, and only since Hopper.
+    the memory. To load it ahead would take registers for it, of which there are none left. Only a hint, and only since Hopper.
     """
     # One thread asks for all, in units of 16 bytes
     num_bytes: tl.constexpr = COUNT * D * ptr.dtype.element_ty.primitive_bitwidth // 128 * 16
@@ -744,8 +744,8 @@ def launch_sizes(state: torch.Tensor, num_values: int, backward: bool) -> dict[s
         # Each program keeps the sums of the parameters' gradients in registers: at most 80 of a thread
         num_sums = (n + num_values + 2) * d
         num_warps = max(2 if num_sums <= 4096 else 4, triton.next_power_of_2(num_sums // 2560))
-        if n == 1 and num_sums <= 3072 and torch.version.cuda:
-            # Room for six programs on a multiprocessor; to load ahead, the compiler would take up to 228. More sums would spill
+        if n == 1 and 2048 < num_sums <= 3072 and torch.version.cuda:
+            # Room for six programs on a multiprocessor; the compiler would take more. It takes less for fewer sums, more would spill
             options["maxnreg"] = 168
     else:
         num_warps = max(2, triton.next_power_of_2(triton.cdiv(n * d, 1536)))

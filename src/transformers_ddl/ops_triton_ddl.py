@@ -89,7 +89,7 @@ def prefetch(ptr, COUNT: tl.constexpr, D: tl.constexpr):
     """
     # One thread asks for all, in units of 16 bytes
     num_bytes: tl.constexpr = COUNT * D * ptr.dtype.element_ty.primitive_bitwidth // 128 * 16
-    if cuda_capability_geq(9, 0) and not INTERPRETS and num_bytes > 0:
+    if not INTERPRETS and cuda_capability_geq(9, 0) and num_bytes > 0:
         tl.inline_asm_elementwise(
             """{
             .reg .pred is_first;

@@ -47,12 +47,8 @@ class Utils:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(binary)
             file.flush()
-            usage, code = (
-                subprocess.run(
-                    [BINARIES / program, *options, file.name], capture_output=True, text=True, check=True
-                ).stdout
-                for program, *options in (("cuobjdump", "-res-usage"), ("nvdisasm",))
-            )
+            usage = subprocess.check_output([BINARIES / "cuobjdump", "-res-usage", file.name], text=True)
+            code = subprocess.check_output([BINARIES / "nvdisasm", file.name], text=True)
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
         function = {"kernel": name, "registers": registers, "stack": stack, "prefetches": code.count("UBLKPF.L2")}
         return None, function, registers, 0, 1024

@@ -253,11 +253,12 @@ def test_one_mask_for_each_token(variant, monkeypatch):
     """Of what `generate` does between compiled forward passes, masks are most."""
     model, prompt = tiny_model(variant), random_tokens(1, 5)
     masks, make_mask = [], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
-    monkeypatch.setitem(
-        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping,
-        "sdpa",
-        lambda *args, **kwargs: masks.append(make_mask(*args, **kwargs)),
-    )
+
+    def count_mask(*args, **kwargs):
+        masks.append(make_mask(*args, **kwargs))
+        return masks[-1]
+
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, "sdpa", count_mask)
     generate(model, prompt, new_tokens=4, min_new_tokens=4, cache_implementation="static")
     assert len(masks) == 4
 

@@ -122,7 +122,7 @@ def test_on_another_gpu_than_the_current_one(variant):
 @pytest.mark.xfail(
     torch.__version__.startswith("2.11."),
     raises=torch._dynamo.exc.UserError,
-    reason="there, no length is dynamic on a GPU, a Llama's neither",
+    reason="on a GPU it refuses a length that is a named `Dim`, a Llama's too",
     strict=True,
 )
 @pytest.mark.parametrize("variant", ["llama", *VARIANTS, "anchored"])

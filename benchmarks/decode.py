@@ -14,7 +14,8 @@
 """
 Tokens per second of `generate` (greedy, static cache, bf16), compiled with CUDA graphs on a GPU as Transformers does it there by
 itself: of whole steps, and of the forward pass alone (the inputs' preparation included, choosing the token not), which is what
-models differ in. Ratios are to the first model of the run.
+models differ in. Ratios are to the first model of the run. At every token, compiled models check that each of their parameters is what it
+was when they were compiled, unless `--skip_guards` says that nothing will change.
 
     python benchmarks/decode.py --output outputs/decode.json
     python benchmarks/decode.py --size toy --batch_sizes 1 3 --new_tokens 24     # on a CPU
@@ -82,10 +83,11 @@ def measure(name: str, args: argparse.Namespace) -> list[dict]:
     """Median tokens per second for each batch size."""
     model, results = build_in_bf16(name, args.size), []
     for batch_size in args.batch_sizes:
-        for _ in range(2):  # the first compiles
+        for skip_guards in (False, args.skip_guards):  # the first compiles
             logits_clock, token_clock = LogitsClock(), TokenClock()
             clocks = {"stopping_criteria": [token_clock], "logits_processor": [logits_clock]}
-            generate(model, batch_size, args.new_tokens, **clocks)
+            with torch.compiler.set_stance(skip_guard_eval_unsafe=skip_guards):
+                generate(model, batch_size, args.new_tokens, **clocks)
         tokens, logits = token_clock.times[WARMUP:], logits_clock.times[WARMUP:]
         steps = [later - earlier for earlier, later in zip(tokens, tokens[1:])]
         forwards = [later - earlier for earlier, later in zip(tokens, logits[1:])]
@@ -110,6 +112,8 @@ def main():
     parser.add_argument("--size", default="small", choices=list(SIZES))
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 64])
     parser.add_argument("--new_tokens", type=int, default=200)
+    skip_help = "as `torch.compiler.set_stance(skip_guard_eval_unsafe=True)`"
+    parser.add_argument("--skip_guards", action="store_true", help=skip_help)
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args()
 
@@ -124,7 +128,7 @@ def main():
     add_ratios(results, "tokens_per_second", within=("batch_size",))
     columns = {"batch_size": "", "model": "", "compiled": "", "step_ms": ".3f", "tokens_per_second": ".1f"}
     columns |= {"ratio": ".3f", "forward_ms": ".3f", "forward_ratio": ".3f"}
-    report(results, columns, args.output, size=args.size, new_tokens=args.new_tokens)
+    report(results, columns, args.output, size=args.size, new_tokens=args.new_tokens, skip_guards=args.skip_guards)
 
 
 if __name__ == "__main__":

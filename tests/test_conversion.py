@@ -148,7 +148,7 @@ def test_official_untied_head():
         torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
 def test_official_names_with_prefixes(prefix):
     parameters, config = official_checkpoint()
     _, expected = convert_official_checkpoint(parameters, config)
@@ -720,9 +720,11 @@ def write_checkpoint(folder, kind, parameters, config):
     elif kind == "file":
         torch.save(parameters, folder / "weights.pt")
         return folder / "weights.pt"
-    elif kind == "training":
+    elif kind.startswith("training"):
         (folder / "config.json").unlink()
         content = {"model": parameters, "optimizer": {"state": {}}, "config": config, "iter_num": 7}
+        if kind == "training-with-script-settings":  # as nanoGPT's
+            content |= {"config": {"learning_rate": 1e-3, "rope_base": 1.0}, "model_args": config | {"rope_base": 1e4}}
         torch.save(content, folder / "ckpt.pt")
     else:
         names = [name for name in parameters if name != "lm_head.weight"]
@@ -737,7 +739,9 @@ def convert(*arguments):
     return cli.main(["convert", *map(str, arguments)])
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin", "file", "training", "sharded"])
+@pytest.mark.parametrize(
+    "kind", ["safetensors", "bin", "file", "training", "training-with-script-settings", "sharded"]
+)
 @layouts
 def test_official_files(kind, layout, tmp_path):
     parameters, config = official_checkpoint("tc-ec", layout)

@@ -157,7 +157,7 @@ def convert_official_checkpoint(
             one that contradicts the parameters or that `DDLConfig` cannot express.
     """
     state_dict = dict(state_dict)
-    for prefix in ("module.", "_orig_mod."):
+    for prefix in ("module.", "_orig_mod.", "module."):  # whichever is within the other
         consume_prefix_in_state_dict_if_present(state_dict, prefix)
 
     sources = {}  # our name: theirs
@@ -417,7 +417,10 @@ def read_official_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor],
         except Exception as error:  # whatever bytes lead an unpickler to
             raise ValueError(f"{file} is damaged, or holds more than parameters and options") from error
         if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-            options = content.get("config", content.get("model_args", {}))
+            # Where there are both, the training script's settings and the model's
+            for part in (content.get("config"), content.get("model_args")):
+                if isinstance(part, Mapping):
+                    options |= part
             content = content["model"]
         if not isinstance(content, Mapping) or not all(map(_is_parameter, content, content.values())):
             raise ValueError(f"{file} holds no parameters by name")
@@ -470,8 +473,8 @@ def convert_llama(model_or_path: PreTrainedModel | str | Path, **ddl_options) ->
     The model has an anchored target (`value_anchor`, see `delta_rewrite`): `X' = X + β k (W c − (1 − a) ∘ Xᵀk)ᵀ + k̃ bᵀ`. It
     starts at W = 0, a = 1 and b = (1, 0, ..., 0), so that the first value channel is the residual stream of the Llama and
     compressors start by reading that alone. The others hold the token's embedding until something is written to them.
-    W, a, b and the read vectors have gradients from the start, the gates β after one step. Weight decay would take a, b and the
-    read vectors towards 0: [`ResumableTrainer`] spares them, [`~transformers.Trainer`] does not.
+    W, a and b of that channel and the read vectors have gradients from the start, those of the others and the gates β after one
+    step. Weight decay would take a, b and the read vectors towards 0: [`ResumableTrainer`] spares them, [`~transformers.Trainer`] does not.
 
     Args:
         model_or_path: A causal language model of type llama, mistral or qwen3, which is copied, or the folder or Hub name

@@ -63,10 +63,11 @@ def can_run(tensor: torch.Tensor, *modules: nn.Module) -> bool:
         return False
     if is_exporting() or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    # What wraps a module has it as a child
-    return all(
-        not any(module.children()) and all(parameter.device == tensor.device for parameter in module.parameters())
-        for module in modules
+    # What wraps a module has it as a child. Compiled models check what is looked at here at every call, which takes time in
+    # decoding: hence not by iterating over `children()` and `parameters()`, and one parameter for all, as hooks offload them
+    weights = [getattr(module, "weight", None) for module in modules]
+    return not any(module._modules for module in modules) and all(
+        weight is None or weight.device == tensor.device for weight in weights
     )
 
 
@@ -90,7 +91,8 @@ def can_fuse(
         return False
     maps = []
     if residual is not None and config.has_gates:
-        maps = list(residual.children())
+        names = ["beta_proj"] if config.value_activation == "constant" else ["beta_proj", "value_proj"]
+        maps = [residual._modules.get(name) for name in names]
         if config.gate_hidden_size is not None or any(type(module) is not nn.Linear for module in maps):
             return False
     return can_run(state, compressor, norm, *maps)

@@ -35,6 +35,7 @@ from .ops_triton_ddl import (
     load_vectors,
     load_write_scalars,
     on_its_device,
+    prefetch,
     rebuild_state,
     replay,
     resident_programs,
@@ -127,6 +128,11 @@ def convolution_forward_kernel(
     last_segment = -1
     # Each chunk computes the K - 1 tokens before it once more
     for position in range(tl.maximum(begin - KERNEL_SIZE + 1, 0), tl.minimum(begin + chunk_length, num_tokens)):
+        next_token, _ = locate(tl.minimum(position + 1, num_tokens - 1), order_ptr, segment_ptr, seq_length, HAS_ORDER)
+        prefetch(state_ptr + next_token * (N * D), N, D)
+        if HAS_WRITE:
+            prefetch(direction_ptr + next_token * D, 1, D)
+
         token, segment = locate(position, order_ptr, segment_ptr, seq_length, HAS_ORDER)
         state = load_vectors(state_ptr + token * (N * D), N, D, BLOCK_D, NUM_BLOCKS)
         if HAS_WRITE:
@@ -253,6 +259,13 @@ def convolution_backward_state_kernel(
     sum_keep = zero_scalars(N)
     sum_amplitude = zero_scalars(N)
     for step in range(end - begin):
+        next_token, _ = locate(tl.maximum(end - 2 - step, 0), order_ptr, segment_ptr, seq_length, HAS_ORDER)
+        prefetch(grad_hidden_ptr + next_token * D, 1, D)
+        if HAS_GRAD_STATE:
+            prefetch(grad_new_state_ptr + next_token * (N * D), N, D)
+        if HAS_WRITE:
+            prefetch(direction_ptr + next_token * D, 1, D)
+
         token, segment = locate(end - 1 - step, order_ptr, segment_ptr, seq_length, HAS_ORDER)
         grad_hidden = load_vectors(grad_hidden_ptr + token * D, 1, D, BLOCK_D, NUM_BLOCKS)
         if HAS_GRAD_STATE:

@@ -411,6 +411,10 @@ BAD_GRIDS = {
     "vocabulary twice": (("model", "vocab_size"), 300, "model.vocab_size: cannot be set"),
     "file": (("data", "train"), "none.parquet", "data: [Errno 2]"),
     "column": (("data", "text_column"), "story", "data: "),
+    "column without texts": (("data", "text_column"), "number", "data.train: 'number' of 'train.parquet' is empty or holds"),
+    "no documents": (("data", "validation"), "empty.parquet", "data.validation: 'text' of 'empty.parquet' is empty or holds"),
+    "seed twice": (("seeds",), [1, 2, 1], "seeds: got [1, 2, 1]; allowed: a list of different integers"),
+    "output": (("output",), "grid.yaml/out", "output: "),
 }  # fmt: skip
 
 
@@ -425,10 +429,22 @@ def test_bad_grid(workplace, capsys, path, value, message):
     else:
         section[path[-1]] = value
     Path("grid.yaml").write_text(yaml.safe_dump(grid))
+    texts = {"text": ["text"], "number": [1]}
+    for name, number in (("train", 1), ("validation", 1), ("empty", 0)):
+        table = pyarrow.table({column: values[:number] for column, values in texts.items()})
+        pyarrow.parquet.write_table(table, f"{name}.parquet")
     assert main(["compare", "run", "grid.yaml"]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not Path("out").exists()
+
+
+def test_bad_options(workplace, capsys):
+    assert main(["compare", "run", "grid.yaml", "--workers", "0"]) == 2
+    assert capsys.readouterr().err == "error: --workers must be at least 1, got 0\n"
+    Path("results.jsonl").write_text('{"method": "additive"}\n')
+    assert main(["compare", "report", "results.jsonl", "report"]) == 2
+    assert capsys.readouterr().err == "error: 'results.jsonl': line 1 is not a result\n"
 
 
 @pytest.mark.parametrize("name", ["toy", "33m"])

@@ -571,6 +571,7 @@ def test_examples_whose_answer_is_cut_off_are_counted(workplace):
         (["--data.task", "classification"], "training.assistant_only_loss: unknown field"),
         (["--training.max_length", "100"], "training.max_length: 100; allowed: up to model.max_position_embeddings, 64"),
         (["--training.max_length", "8"], "training.max_length: 8 leaves too few examples"),
+        (["--training.max_length", "8", "--training.packing", "true"], "training.max_length: 8 cuts off all answers of "),
         (["--training.eos_token", "x"], "training.eos_token: cannot be set, the tokenizer decides it"),
         (["--lora.r", "many"], "lora.r: 'many' has the wrong type; allowed: int"),
         (["--lora.rang", "4"], "lora.rang: unknown field; allowed, among others: "),

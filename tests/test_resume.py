@@ -254,6 +254,32 @@ def test_damaged_checkpoint(interrupted, uninterrupted, capsys, caplog, name, da
     assert_same_run(interrupted / "out", uninterrupted)
 
 
+def test_damaged_checkpoint_of_a_later_step(interrupted, monkeypatch):
+    """It takes the place of none of the two that a run keeps."""
+    out = interrupted / "out"
+    (out / "checkpoint-12").rename(out / "checkpoint-20")
+    truncate(out / "checkpoint-20" / "model.safetensors")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "DDLTrainer", with_callback(Interruption))
+        pretrain()
+    assert find_damage(out / "checkpoint-8") is None and find_damage(out / "checkpoint-12") is None
+    assert pretrain() == 0
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-20", "checkpoint-24"}
+
+
+def test_best_model_of_a_run_that_was_killed_at_its_end(workplace):
+    best = ("--training.load_best_model_at_end", "true", "--training.metric_for_best_model", "loss")
+    best += ("--training.greater_is_better", "true", "--training.eval_strategy", "steps", "--training.eval_steps", "4")
+    assert pretrain(*best) == 0
+    model, last = Path("out/model.safetensors"), Path("out/checkpoint-24/model.safetensors")
+    saved = model.read_bytes()
+    assert saved != last.read_bytes()
+    model.unlink()
+    Path("out/eval_results.json").unlink()
+    assert pretrain(*best) == 0
+    assert model.read_bytes() == saved
+
+
 def test_nothing_but_damaged_checkpoints(interrupted, uninterrupted):
     for step in (8, 12):
         truncate(interrupted / "out" / f"checkpoint-{step}" / "model.safetensors")

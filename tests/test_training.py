@@ -16,7 +16,9 @@
 import functools
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -30,7 +32,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transformers_ddl import DDLForCausalLM
-from transformers_ddl.cli import main
+from transformers_ddl.cli import InputError, main
 from transformers_ddl.data import DataArguments, read_corpus
 from transformers_ddl.flops import count_parameters, training_flops_per_token
 from transformers_ddl.settings import Run, read_settings
@@ -281,6 +283,30 @@ def test_sampling_from_nothing(tmp_path):
     assert "Traceback" not in process.stderr
 
 
+def test_metric_that_is_not_measured(workplace, capsys):
+    best = ("--training.load_best_model_at_end", "true", "--training.metric_for_best_model", "banana")
+    intervals = ("--training.eval_strategy", "steps", "--training.eval_steps", "4", "--training.save_steps", "4")
+    assert pretrain(*best, *intervals, "--training.save_strategy", "steps") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: training.metric_for_best_model: ") and "eval_loss" in error
+
+
+def test_weights_that_are_damaged(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished[0] / "out", tmp_path / "damaged")
+    os.truncate(folder / "model.safetensors", 1000)
+    assert main(["generate", str(folder)]) == 2
+    settings = ["--data.source", "stdlib", "--training.output_dir", str(tmp_path / "out"), "--model.name", str(folder)]
+    (tmp_path / "config.yaml").write_text("{training: {max_steps: 1}}")
+    assert main(["pretrain", str(tmp_path / "config.yaml"), *settings]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 and all(error.startswith(f"error: model: cannot load '{folder}'") for error in errors)
+
+
+def test_traceback(capsys):
+    with pytest.raises(InputError):
+        main(["generate", "missing/model", "--traceback", "--seed", "-1"])
+
+
 @pytest.mark.parametrize(
     "option, value",
     [("--max-new-tokens", "0"), ("--temperature", "0.0"), ("--temperature", "nan"), ("--seed", "4294967296")],
@@ -364,7 +390,13 @@ def test_runs_are_reproducible(workplace):
         (["--training.use_cpu", "1"], "training.use_cpu: 1 has the wrong type; allowed: bool"),
         (["--training.do_train", "false"], "training.do_train: cannot be set, the command decides it"),
         (["--training.optim", "magic"], "training: magic is not a valid OptimizerNames"),
-        (["--training.report_to", "abacus"], "training: abacus is not supported"),
+        (["--training.report_to", "abacus"], "training.report_to: 'abacus' is not installed; allowed: none, "),
+        (["--training.save_only_model", "true"], "training.save_only_model: cannot be set, resuming, which needs the"),
+        (["--training.optim", "adamw_anyprecision"], "training.optim: Please install"),
+        (
+            ["--training.lr_scheduler_type", "cosine_with_min_lr"],
+            "training.lr_scheduler_type: One of min_lr or min_lr",
+        ),
         (["--training.max_steps", "0"], "training.max_steps: 0; allowed: at least 1, or -1 for num_train_epochs"),
         (
             ["--training.max_steps=-1", "--training.num_train_epochs", "0"],

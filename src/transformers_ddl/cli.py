@@ -58,12 +58,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below; COMMAND --help explains it")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
-    options = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # Wherever it stands: what follows the command is the command's
+    options = parser.parse_args([argument for argument in arguments if argument != "--traceback"])
     module, _ = COMMANDS[options.command]
     try:
         import_module(f".{module}", __package__).main(options.arguments)
     except (InputError, RunError, ModuleNotFoundError) as error:
-        if options.traceback:
+        if "--traceback" in arguments:
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2

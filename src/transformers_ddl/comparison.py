@@ -58,6 +58,18 @@ from .trainer import decay_parameter_names
 
 
 RESULTS_FILE = "results.jsonl"
+RESULT_FIELDS = {
+    "id",
+    "method",
+    "stage",
+    "seed",
+    "tuned",
+    "curve",
+    "validation_loss",
+    "diverged",
+    "config",
+    "training",
+}  # and more
 PADDING = -1
 
 
@@ -83,6 +95,8 @@ def main(arguments: list[str]):
     report.add_argument("--baseline", default="additive", help="method with which the others are compared")
     options = parser.parse_args(arguments)
     if options.command == "run":
+        if options.workers < 1:
+            raise InputError(f"--workers must be at least 1, got {options.workers}")
         deadline = time.time() + options.seconds
         grid = Grid.from_yaml(options.grid, options.output, options.methods)
         run_grid(grid, Path(options.data), options.workers, options.tune_only, deadline)
@@ -119,7 +133,13 @@ def prepare_tokens(grid: Grid, root: Path) -> Path:
             name: pyarrow.parquet.read_table(path, columns=[column])[column].to_pylist()
             for name, path in files.items()
         }
-    folder.mkdir(parents=True, exist_ok=True)
+    for name, documents in texts.items():
+        if not documents or not all(isinstance(document, str) for document in documents):
+            raise InputError(
+                f"data.{name}: {column!r} of {str(files[name])!r} is empty or holds more than texts; allowed: texts"
+            )
+    with blaming("output"):
+        folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tokenizer.json").exists():
         write_atomically(
             folder / "tokenizer.json", train_tokenizer(texts["train"], vocab_size).backend_tokenizer.to_str()
@@ -324,7 +344,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {str(path)!r}: {error}") from error
     for number, result in enumerate(results, start=1):
-        if not isinstance(result, dict) or "method" not in result:
+        if not isinstance(result, dict) or not RESULT_FIELDS <= result.keys():
             raise InputError(f"{str(path)!r}: line {number} is not a result")
     return results
 

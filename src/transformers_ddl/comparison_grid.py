@@ -163,8 +163,9 @@ class Grid:
         for name, values in settings["methods"].items():
             if not isinstance(values, dict):
                 raise InputError(f"methods.{name}: got {values!r}; allowed: fields of the model or the training")
-        if not settings["seeds"] or not all(isinstance(seed, int) for seed in settings["seeds"]):
-            raise InputError(f"seeds: got {settings['seeds']!r}; allowed: a list of integers")
+        seeds = settings["seeds"]
+        if not seeds or not all(isinstance(seed, int) for seed in seeds) or len(set(seeds)) < len(seeds):
+            raise InputError(f"seeds: got {seeds!r}; allowed: a list of different integers")
 
         grid = cls(**settings | {"output": Path(output or settings["output"])})
         grid._check_tuning()

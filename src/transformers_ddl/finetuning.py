@@ -16,10 +16,12 @@
 import math
 from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     DataCollatorWithPadding,
@@ -96,7 +98,7 @@ class FinetuningRun(CheckedSettings):
             "anchor": AnchorArguments,
         }
         sections = build_sections(settings, classes)
-        check_model(sections["model"])
+        check_model(sections["model"], sections["training"])
         if "lora" not in settings:
             sections["lora"] = None
         elif sections["anchor"].annealing_steps is not None:
@@ -222,6 +224,15 @@ def sft_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTrainedTokeniz
             processing_class=tokenizer,
         )
         check_repository(trainer)
+    if (
+        run.training.packing and run.training.packing_strategy == "bfd"
+    ):  # TRL cuts off here too, but leaves nothing out
+        packed = [part for part in (trainer.train_dataset, trainer.eval_dataset) if "seq_lengths" in part.column_names]
+        if without_answer := sum(map(count_without_labels, packed)):
+            raise InputError(
+                f"training.max_length: {run.training.max_length} cuts off all answers of {without_answer:,} examples; "
+                "allowed: more, or no training.packing, which leaves them out"
+            )
     if not run.training.packing:  # `max_length` may have cut off all answers of an example, which TRL then leaves out
         before = len(corpus.train) + len(corpus.held_out)
         corpus.train, corpus.held_out = trainer.train_dataset, trainer.eval_dataset
@@ -232,6 +243,15 @@ def sft_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTrainedTokeniz
                 f"training.max_length: {run.training.max_length} leaves too few examples ({corpus}); allowed: more"
             )
     return trainer
+
+
+def count_without_labels(packed: Dataset) -> int:
+    """Of the examples that are packed into rows, the number of those without a token to learn."""
+    return sum(
+        all(label == -100 for label in labels[end - length : end])
+        for lengths, labels in zip(packed["seq_lengths"], packed["labels"])
+        for length, end in zip(lengths, accumulate(lengths))
+    )
 
 
 def classification_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> ResumableTrainer:

@@ -16,6 +16,7 @@
 import argparse
 import math
 
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from .cli import InputError
@@ -30,7 +31,7 @@ def load_model(name: str, **options) -> tuple[PreTrainedModel, PreTrainedTokeniz
     """
     try:
         return AutoModelForCausalLM.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise InputError(f"model: cannot load {name!r}: {error}") from error
 
 

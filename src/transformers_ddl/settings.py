@@ -31,7 +31,8 @@ import torch
 import yaml
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations as available_reporters
 
 from .cards import CardArguments
 from .cli import InputError
@@ -134,6 +135,7 @@ RESERVED_FIELDS = {
         ),
         "the command",
     )
+    | {"save_only_model": "resuming, which needs the rest,"}
     | dict.fromkeys(("chat_template_path", "eos_token", "pad_token"), "the tokenizer")
     | dict.fromkeys(("model_init_kwargs", "trust_remote_code"), "model.name")
     | {"hub_token": "`hf auth login` or HF_TOKEN"},  # settings go into files that are pushed
@@ -237,7 +239,7 @@ class Run(CheckedSettings):
                 f"model.attn_implementation: {attention!r} would not keep documents apart, as data.packing says; "
                 "allowed: sdpa, eager or flex_attention"
             )
-        check_model(sections["model"])
+        check_model(sections["model"], sections["training"])
         return sections
 
 
@@ -269,13 +271,15 @@ def build_sections(settings: Settings, classes: dict[str, type]) -> dict[str, An
     return sections
 
 
-def check_model(config: DDLConfig):
+def check_model(config: DDLConfig, training: TrainingArguments):
     """
     Raises:
-        `InputError`: if there can be no such model, for its attention is not there for instance.
+        `InputError`: if there can be no such model, for its attention is not there for instance, or no such optimizer for it.
     """
     with blaming("model"), torch.device("meta"):
-        DDLForCausalLM(config)
+        model = DDLForCausalLM(config)
+    with blaming("training.optim"):
+        Trainer.get_optimizer_cls_and_kwargs(training, model)
 
 
 def _check_training(args: TrainingArguments):
@@ -284,6 +288,14 @@ def _check_training(args: TrainingArguments):
         if not least <= value <= most:
             allowed = f"at least {least}" if most == math.inf else f"{least} to {most}"
             raise InputError(f"training.{name}: {value}; allowed: {allowed}")
+    for name in args.report_to:
+        if name not in available_reporters():
+            raise InputError(
+                f"training.report_to: {name!r} is not installed; allowed: none, {', '.join(available_reporters())}"
+            )
+    with blaming("training.lr_scheduler_type"):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10**6, args.lr_scheduler_kwargs)
     if args.max_steps == 0 or args.max_steps < -1:
         raise InputError(f"training.max_steps: {args.max_steps}; allowed: at least 1, or -1 for num_train_epochs")
     if args.max_steps == -1 and not 0 < args.num_train_epochs < math.inf:

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 
 from .checkpoints import seal
 from .cli import RunError
@@ -173,7 +173,11 @@ class ResumableTrainer(Trainer):
         if self.args.should_save:
             folder = self._get_output_dir(trial=trial)
             seal(Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
-            rotate_checkpoints(folder, limit, self.state.best_model_checkpoint)
+            # A checkpoint of a later step is damaged, or this run would have continued from it: it must not take the place of a good one
+            later = [
+                path for path in sort_checkpoints(folder) if int(path.rpartition("-")[2]) > self.state.global_step
+            ]
+            rotate_checkpoints(folder, limit and limit + len(later), self.state.best_model_checkpoint)
 
 
 class DDLTrainer(ResumableTrainer):

@@ -30,6 +30,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast_object_list
 from huggingface_hub import HfApi, ModelCard
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from transformers import (
     EvalPrediction,
@@ -313,7 +314,7 @@ def load_base_model(model_class: type[PreTrainedModel], config: DDLConfig) -> Pr
     name = config.name_or_path
     try:
         model, loaded = model_class.from_pretrained(name, config=config, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise InputError(f"model: cannot load {name!r} with these settings: {error}") from error
     missing = sorted(key for key in loaded["missing_keys"] if key.startswith(f"{model.base_model_prefix}."))
     if missing:
@@ -472,6 +473,8 @@ def train_from_last_checkpoint(trainer: ResumableTrainer):
         trainer.train_dataset.first_block = blocks_seen(trainer)
     if trainer.state.global_step < trainer.state.max_steps:
         trainer.train(resume_from_checkpoint=str(checkpoint))
+    elif trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        trainer._load_best_model()
     else:  # Trainer might make one step more
         trainer._load_from_checkpoint(str(checkpoint))
 
@@ -482,6 +485,8 @@ def explaining_failures(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, KeyError) and "metric_for_best_model" in str(error):
+            raise InputError(f"training.metric_for_best_model: {error.args[0]}") from error
         reason = message(error) if isinstance(error, RunError) else explain(error)
         if reason is None and isinstance(error, InputError):
             raise InputError(message(error)) from error

@@ -182,6 +182,19 @@ def test_results_against_a_computation_of_their_own(workplace):
     assert results["perplexity"] == pytest.approx(torch.tensor(results["eval_loss"]).exp().item(), rel=1e-5)
 
 
+def gates(checkpoint):
+    history = json.loads(Path(checkpoint, "trainer_state.json").read_text())["log_history"]
+    return [value for entry in history for name, value in entry.items() if name == "gate/01.mlp"]
+
+
+def test_samples_and_gates(workplace):
+    """Answers to a prompt that is held out, at every checkpoint, and figures of the gates in the log."""
+    before, after = (Path(f"chat/samples/step-{step:08}.txt").read_text() for step in (80, 160))
+    assert re.fullmatch(r"\((.*)\) is here", after) and before
+    assert len(gates("chat/checkpoint-160")) == 2  # at the first and the eleventh log, of the same tokens
+    assert all(0 < gate < 2 for gate in gates("chat/checkpoint-160"))
+
+
 def make_trainer(*overrides):
     settings = read_settings(["sft.yaml"], ["--training.output_dir", "unused", *overrides])
     run = FinetuningRun.from_settings(settings)
@@ -262,6 +275,7 @@ def test_adapter_is_saved_reloaded_and_merged(workplace):
         logits = adapted(tokens).logits
         close(AutoModelForCausalLM.from_pretrained("lora").eval()(tokens).logits, logits)
     assert (logits - before).abs().max() > 0.1
+    assert Path("lora/samples/step-00000020.txt").exists() and len(gates("lora/checkpoint-20")) == 1
     card = ModelCard.load("lora/README.md").text
     assert "`base`, fine-tuned on chats.jsonl with `SFTTrainer` through LORA adapters of rank 4" in card
     assert f"{num_parameters:,} parameters" in card

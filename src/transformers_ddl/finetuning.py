@@ -21,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -44,6 +45,7 @@ from .settings import AnchorArguments, CheckedSettings, Settings, build_sections
 from .tokenization import load_tokenizer
 from .trainer import ResumableTrainer
 from .training import (
+    SampleCallback,
     check_repository,
     complete,
     describe_costs,
@@ -242,6 +244,11 @@ def sft_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTrainedTokeniz
             raise InputError(
                 f"training.max_length: {run.training.max_length} leaves too few examples ({corpus}); allowed: more"
             )
+    shown, labels = trainer.eval_dataset[0]["input_ids"], trainer.eval_dataset[0]["labels"]
+    audit(trainer, shown)
+    prompt = shown[: next((index for index, label in enumerate(labels) if label != -100), 0)]
+    if 0 < len(prompt) < run.model.max_position_embeddings:
+        trainer.add_callback(SampleCallback(prompt))
     return trainer
 
 
@@ -282,7 +289,13 @@ def classification_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTra
             compute_metrics=accuracy,
         )
         check_repository(trainer)
+    audit(trainer, held_out[0]["input_ids"])
     return trainer
+
+
+def audit(trainer: ResumableTrainer, tokens: list[int]):
+    """Has the gates logged that the model has on these tokens."""
+    trainer.audited_inputs = {"input_ids": torch.tensor([tokens])}
 
 
 def accuracy(predicted: EvalPrediction) -> dict[str, float]:

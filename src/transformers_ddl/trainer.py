@@ -100,13 +100,19 @@ class ResumableTrainer(Trainer):
     [`~transformers.Trainer`] for models of the family, with adapters or without. Its logs have, since the last one, the tokens
     per second and their share of what the devices could do (MFU), and all FLOPs so far; tokens of padding count.
 
+    Args:
+        audited_inputs (`dict`, *optional*):
+            A small batch, on which [`gate_figures`] are taken at the first and then every tenth log, with a model that has
+            gates.
+
     Raises:
         `RunError`: by `train`, as soon as a loss or gradient norm to be logged is not finite; no checkpoint is saved after
             the step at which it became so.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, audited_inputs: dict[str, torch.Tensor] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.audited_inputs = audited_inputs
         self.args.logging_nan_inf_filter = False  # would log the mean of the finite losses
         self.args.include_num_input_tokens_seen = "all"
         # Or copying a batch would wait for the step before, and the device for the next step's launches
@@ -155,6 +161,9 @@ class ResumableTrainer(Trainer):
                     logs["mfu"] = (flops - last_flops) / (now - last_time) / (peak * self.args.world_size)
             logs["flops_so_far"] = flops  # as `total_flos`, W&B and trackio would not draw it
             self.last_log = now, tokens, flops
+            if self.audited_inputs is not None and self.model.config.has_gates:
+                if sum("loss" in entry for entry in self.state.log_history) % 10 == 0:
+                    logs.update(gate_figures(self.model, self._prepare_inputs(self.audited_inputs)))
         super().log(logs, start_time)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
@@ -181,26 +190,8 @@ class ResumableTrainer(Trainer):
 
 
 class DDLTrainer(ResumableTrainer):
-    """
-    [`ResumableTrainer`] for [`DDLForCausalLM`] and `input_ids` of one length.
-
-    Args:
-        audited_inputs (`dict`, *optional*):
-            A small batch, on which [`gate_figures`] are taken at the first and then every tenth log, with a model that has
-            gates.
-    """
-
-    def __init__(self, *args, audited_inputs: dict[str, torch.Tensor] | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.audited_inputs = audited_inputs
-        self.audits_gates = audited_inputs is not None and self.model.config.has_gates
+    """[`ResumableTrainer`] for [`DDLForCausalLM`] and `input_ids` of one length."""
 
     def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]):
         # Batches are of one size on all processes; gathering the sizes would wait for the device in every step
         self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
-
-    def log(self, logs: dict[str, float], start_time: float | None = None):
-        if "loss" in logs and self.audits_gates:
-            if sum("loss" in entry for entry in self.state.log_history) % 10 == 0:
-                logs.update(gate_figures(self.model, self._prepare_inputs(self.audited_inputs)))
-        super().log(logs, start_time)

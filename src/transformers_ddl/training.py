@@ -367,7 +367,7 @@ def pretrain(run: Run) -> str | None:
             processing_class=tokenizer,
             preprocess_logits_for_metrics=token_losses,
             compute_metrics=mean_loss,
-            callbacks=[SampleCallback()],
+            callbacks=[SampleCallback([tokenizer.eos_token_id])],
         )
         check_repository(trainer)
 
@@ -579,7 +579,10 @@ def speed_in_progress_bar(trainer: Trainer) -> Iterator[None]:
 
 
 class SampleCallback(TrainerCallback):
-    """Writes a continuation of nothing at every checkpoint to `samples/step-....txt`."""
+    """Writes a continuation of the tokens of a prompt at every checkpoint to `samples/step-....txt`."""
+
+    def __init__(self, prompt: list[int]):
+        self.prompt = prompt
 
     def on_save(self, args, state, control, model=None, processing_class=None, **kwargs):
         sharded = AcceleratorState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -590,16 +593,16 @@ class SampleCallback(TrainerCallback):
             torch.manual_seed(args.seed)
             model.eval()
             tokens = model.generate(
-                torch.tensor([[processing_class.eos_token_id]], device=args.device),
+                input_ids=torch.tensor([self.prompt], device=args.device),
                 do_sample=True,
-                max_length=min(128, model.config.max_position_embeddings),
+                max_length=min(len(self.prompt) + 127, model.config.max_position_embeddings),
                 pad_token_id=processing_class.eos_token_id,
                 use_cache=True,
             )
         if state.is_world_process_zero:
             folder = Path(args.output_dir, "samples")
             folder.mkdir(exist_ok=True)
-            text = processing_class.decode(tokens[0, 1:], skip_special_tokens=True)
+            text = processing_class.decode(tokens[0, len(self.prompt) :], skip_special_tokens=True)
             (folder / f"step-{state.global_step:08d}.txt").write_text(text, encoding="utf-8")
 
 

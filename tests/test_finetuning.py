@@ -553,10 +553,13 @@ def test_copies_fall_on_the_same_side(tmp_path):
     assert len(corpus.held_out) / (2 * len(LABELLED)) == pytest.approx(0.3, abs=0.06)
 
 
-def test_examples_whose_answer_is_cut_off_are_counted(workplace):
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_examples_whose_answer_is_cut_off_are_counted(workplace, packing):
     long = [{"messages": [{"role": "user", "content": "the dog " * 50}, CHATS[0]["messages"][1]]}]
     write_json_lines("cut.jsonl", CHATS + long)
-    run = FinetuningRun.from_settings(read_settings(["sft.yaml"], ["--data.source", "cut.jsonl"]))
+    run = FinetuningRun.from_settings(
+        read_settings(["sft.yaml"], ["--data.source", "cut.jsonl", "--training.packing", packing])
+    )
     corpus = read_examples(run.data)
     sft_trainer(run, corpus, load_tokenizer("base"))
     assert corpus.skipped == {"without an answer in the first training.max_length tokens": 1}
@@ -585,7 +588,7 @@ def test_examples_whose_answer_is_cut_off_are_counted(workplace):
         (["--data.task", "classification"], "training.assistant_only_loss: unknown field"),
         (["--training.max_length", "100"], "training.max_length: 100; allowed: up to model.max_position_embeddings, 64"),
         (["--training.max_length", "8"], "training.max_length: 8 leaves too few examples"),
-        (["--training.max_length", "8", "--training.packing", "true"], "training.max_length: 8 cuts off all answers of "),
+        (["--training.max_length", "8", "--training.packing", "true"], "training.max_length: 8 leaves too few examples"),
         (["--training.eos_token", "x"], "training.eos_token: cannot be set, the tokenizer decides it"),
         (["--lora.r", "many"], "lora.r: 'many' has the wrong type; allowed: int"),
         (["--lora.rang", "4"], "lora.rang: unknown field; allowed, among others: "),

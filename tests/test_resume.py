@@ -27,13 +27,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
-from transformers_ddl import checkpoints, training
+from transformers_ddl import DDLConfig, DDLForCausalLM, checkpoints, training
 from transformers_ddl.checkpoints import MANIFEST_FILE, find_damage, last_complete_checkpoint, seal
 from transformers_ddl.cli import RunError, main
 from transformers_ddl.data import reading
+from transformers_ddl.settings import Run
 from transformers_ddl.trainer import DDLTrainer
 
 
@@ -267,6 +268,30 @@ def test_damaged_checkpoint_of_a_later_step(interrupted, monkeypatch):
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-20", "checkpoint-24"}
 
 
+@pytest.mark.parametrize(
+    "limit, best, kept",
+    [
+        (None, None, [4, 8, 12, 20, 24]),
+        (-1, None, [4, 8, 12, 20, 24]),
+        (1, None, [12, 20, 24]),
+        (1, 4, [4, 12, 20, 24]),
+    ],
+)
+def test_checkpoints_that_are_kept(workplace, monkeypatch, limit, best, kept):
+    """Those of steps 20 and 24, later than 12, are damaged."""
+    settings = yaml.safe_load(Path("config.yaml").read_text())
+    run = Run.from_settings(settings)
+    trainer = DDLTrainer(DDLForCausalLM(DDLConfig(**settings["model"], vocab_size=8)), run.training)
+    monkeypatch.setattr(Trainer, "_save_checkpoint", lambda *args: Path("out/checkpoint-12").mkdir())
+    for step in (4, 8, 20, 24):
+        Path(f"out/checkpoint-{step}").mkdir(parents=True)
+    trainer.args.save_total_limit, trainer.state.global_step = limit, 12
+    trainer.state.best_model_checkpoint = best and f"out/checkpoint-{best}"
+    trainer._save_checkpoint(trainer.model, trial=None)
+    assert sorted(int(path.name.partition("-")[2]) for path in Path("out").glob("checkpoint-*")) == kept
+    assert find_damage(Path("out/checkpoint-12")) is None
+
+
 def test_best_model_of_a_run_that_was_killed_at_its_end(workplace):
     best = ("--training.load_best_model_at_end", "true", "--training.metric_for_best_model", "loss")
     best += ("--training.greater_is_better", "true", "--training.eval_strategy", "steps", "--training.eval_steps", "4")
@@ -274,10 +299,22 @@ def test_best_model_of_a_run_that_was_killed_at_its_end(workplace):
     model, last = Path("out/model.safetensors"), Path("out/checkpoint-24/model.safetensors")
     saved = model.read_bytes()
     assert saved != last.read_bytes()
+    for output_dir in ("out", "moved", "moved"):
+        if not Path(output_dir).exists():
+            Path("out").rename(output_dir)
+        model = Path(output_dir, "model.safetensors")
+        model.unlink()
+        Path(output_dir, "eval_results.json").unlink()
+        assert pretrain(*best, "--training.output_dir", output_dir) == 0
+        assert model.read_bytes() == saved
+
+    # Without it, the last one's
+    best_checkpoint = json.loads(Path("moved/checkpoint-24/trainer_state.json").read_text())["best_model_checkpoint"]
+    truncate(Path("moved", Path(best_checkpoint).name, "model.safetensors"))
     model.unlink()
-    Path("out/eval_results.json").unlink()
-    assert pretrain(*best) == 0
-    assert model.read_bytes() == saved
+    Path("moved/eval_results.json").unlink()
+    assert pretrain(*best, "--training.output_dir", "moved") == 0
+    assert model.read_bytes() == Path("moved/checkpoint-24/model.safetensors").read_bytes()
 
 
 def test_nothing_but_damaged_checkpoints(interrupted, uninterrupted):

@@ -390,8 +390,13 @@ def test_runs_are_reproducible(workplace):
         (["--training.use_cpu", "1"], "training.use_cpu: 1 has the wrong type; allowed: bool"),
         (["--training.do_train", "false"], "training.do_train: cannot be set, the command decides it"),
         (["--training.optim", "magic"], "training: magic is not a valid OptimizerNames"),
-        (["--training.report_to", "abacus"], "training.report_to: 'abacus' is not installed; allowed: none, "),
+        (["--training.report_to", "abacus"], "training.report_to: abacus is not supported"),
         (["--training.save_only_model", "true"], "training.save_only_model: cannot be set, resuming, which needs the"),
+        (
+            [*"--training.lr_scheduler_type cosine_with_min_lr --training.lr_scheduler_kwargs.min_lr 1e-4".split()]
+            + ["--training.learning_rate", "0"],
+            "training.lr_scheduler_type: float division by zero",
+        ),
         (["--training.optim", "adamw_anyprecision"], "training.optim: Please install"),
         (
             ["--training.lr_scheduler_type", "cosine_with_min_lr"],

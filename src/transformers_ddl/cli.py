@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         import_module(f".{module}", __package__).main(options.arguments)
     except (InputError, RunError, ModuleNotFoundError) as error:
-        if "--traceback" in arguments:
+        if options.traceback or "--traceback" in arguments:
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2

@@ -226,24 +226,7 @@ def sft_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTrainedTokeniz
             processing_class=tokenizer,
         )
         check_repository(trainer)
-    if (
-        run.training.packing and run.training.packing_strategy == "bfd"
-    ):  # TRL cuts off here too, but leaves nothing out
-        packed = [part for part in (trainer.train_dataset, trainer.eval_dataset) if "seq_lengths" in part.column_names]
-        if without_answer := sum(map(count_without_labels, packed)):
-            raise InputError(
-                f"training.max_length: {run.training.max_length} cuts off all answers of {without_answer:,} examples; "
-                "allowed: more, or no training.packing, which leaves them out"
-            )
-    if not run.training.packing:  # `max_length` may have cut off all answers of an example, which TRL then leaves out
-        before = len(corpus.train) + len(corpus.held_out)
-        corpus.train, corpus.held_out = trainer.train_dataset, trainer.eval_dataset
-        if left_out := before - len(corpus.train) - len(corpus.held_out):
-            corpus.skipped["without an answer in the first training.max_length tokens"] = left_out
-        if not len(corpus.train) or not len(corpus.held_out):
-            raise InputError(
-                f"training.max_length: {run.training.max_length} leaves too few examples ({corpus}); allowed: more"
-            )
+    leave_out_unanswered(corpus, trainer)
     shown, labels = trainer.eval_dataset[0]["input_ids"], trainer.eval_dataset[0]["labels"]
     audit(trainer, shown)
     prompt = shown[: next((index for index, label in enumerate(labels) if label != -100), 0)]
@@ -252,13 +235,37 @@ def sft_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTrainedTokeniz
     return trainer
 
 
-def count_without_labels(packed: Dataset) -> int:
-    """Of the examples that are packed into rows, the number of those without a token to learn."""
-    return sum(
-        all(label == -100 for label in labels[end - length : end])
-        for lengths, labels in zip(packed["seq_lengths"], packed["labels"])
+def leave_out_unanswered(corpus: Corpus, trainer: DDLSFTTrainer):
+    """
+    Counts the examples of which `max_length` has cut off all answers as skipped: TRL leaves them out, or, where it packs, they
+    are read and nothing is learned from them.
+
+    Raises:
+        `InputError`: if none are left.
+    """
+    args, before = trainer.args, len(corpus.train) + len(corpus.held_out)
+    packs_held_out = args.packing if args.eval_packing is None else args.eval_packing
+    # Other strategies than "bfd" cut off nothing
+    if not args.packing or args.packing_strategy == "bfd":
+        corpus.train = answered(trainer.train_dataset)
+    if not packs_held_out or args.packing_strategy == "bfd":
+        corpus.held_out = answered(trainer.eval_dataset)
+    if left_out := before - len(corpus.train) - len(corpus.held_out):
+        corpus.skipped["without an answer in the first training.max_length tokens"] = left_out
+    if not len(corpus.train) or not len(corpus.held_out):
+        raise InputError(f"training.max_length: {args.max_length} leaves too few examples ({corpus}); allowed: more")
+
+
+def answered(prepared: Dataset) -> Dataset:
+    """The examples with a token to learn, of those that TRL has prepared and may have packed into rows."""
+    if "seq_lengths" not in prepared.column_names:
+        return prepared
+    examples = (
+        labels[end - length : end]
+        for lengths, labels in zip(prepared["seq_lengths"], prepared["labels"])
         for length, end in zip(lengths, accumulate(lengths))
     )
+    return Dataset.from_dict({"labels": [labels for labels in examples if any(label != -100 for label in labels)]})
 
 
 def classification_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> ResumableTrainer:

@@ -69,5 +69,5 @@ def blaming(section: str) -> Iterator[None]:
     """Turns what a class raises about the values of a section into an `InputError` that names the section."""
     try:
         yield
-    except (HTTPError, ImportError, OSError, StrictDataclassError, TypeError, ValueError) as error:
+    except (ArithmeticError, HTTPError, ImportError, OSError, StrictDataclassError, TypeError, ValueError) as error:
         raise InputError(f"{section}: {error}") from error

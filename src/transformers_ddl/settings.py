@@ -32,7 +32,7 @@ import yaml
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import Trainer, TrainingArguments, get_scheduler
-from transformers.integrations import get_available_reporting_integrations as available_reporters
+from transformers.integrations import get_reporting_integration_callbacks
 
 from .cards import CardArguments
 from .cli import InputError
@@ -288,11 +288,11 @@ def _check_training(args: TrainingArguments):
         if not least <= value <= most:
             allowed = f"at least {least}" if most == math.inf else f"{least} to {most}"
             raise InputError(f"training.{name}: {value}; allowed: {allowed}")
-    for name in args.report_to:
-        if name not in available_reporters():
-            raise InputError(
-                f"training.report_to: {name!r} is not installed; allowed: none, {', '.join(available_reporters())}"
-            )
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except (RuntimeError, ValueError) as error:  # it is not installed, or not known
+        raise InputError(f"training.report_to: {error}") from error
     with blaming("training.lr_scheduler_type"):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 10**6, args.lr_scheduler_kwargs)

@@ -180,13 +180,17 @@ class ResumableTrainer(Trainer):
         self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = self._get_output_dir(trial=trial)
-            seal(Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
-            # A checkpoint of a later step is damaged, or this run would have continued from it: it must not take the place of a good one
-            later = [
-                path for path in sort_checkpoints(folder) if int(path.rpartition("-")[2]) > self.state.global_step
-            ]
-            rotate_checkpoints(folder, limit and limit + len(later), self.state.best_model_checkpoint)
+            folder, best = self._get_output_dir(trial=trial), self.state.best_model_checkpoint
+            checkpoint = Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            seal(checkpoint)
+            if limit is not None and limit > 0:
+                # Checkpoints of later steps are damaged, or this run would have continued from them: they must not take the place
+                # of good ones, nor of this one where one alone is kept beside the best
+                later = [
+                    path for path in sort_checkpoints(folder) if int(path.rpartition("-")[2]) > self.state.global_step
+                ]
+                limit = max(limit, 1 if best is None or Path(best) == checkpoint else 2)
+                rotate_checkpoints(folder, limit + len(later), best)
 
 
 class DDLTrainer(ResumableTrainer):

@@ -45,9 +45,10 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 
 from .cards import pretrained_card
-from .checkpoints import last_complete_checkpoint, write_atomically
+from .checkpoints import find_damage, last_complete_checkpoint, write_atomically
 from .cli import InputError, RunError
 from .configuration_ddl import DDLConfig
 from .conversion import AnchorAnnealingCallback
@@ -68,6 +69,8 @@ from .streaming import DocumentStream, StreamedText
 from .tokenization import load_tokenizer, train_tokenizer
 from .trainer import DDLTrainer, Layout, ResumableTrainer, sequences_per_step
 
+
+logger = logging.get_logger(__name__)
 
 RUN_FILE = "run.yaml"
 RESULTS_FILE = "eval_results.json"
@@ -473,10 +476,20 @@ def train_from_last_checkpoint(trainer: ResumableTrainer):
         trainer.train_dataset.first_block = blocks_seen(trainer)
     if trainer.state.global_step < trainer.state.max_steps:
         trainer.train(resume_from_checkpoint=str(checkpoint))
-    elif trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
-        trainer._load_best_model()
     else:  # Trainer might make one step more
         trainer._load_from_checkpoint(str(checkpoint))
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+            load_best_model(trainer)
+
+
+def load_best_model(trainer: Trainer):
+    """The best checkpoint's model, in the folder that may have been moved since; the last one's, with a warning, if it is damaged."""
+    best = Path(trainer.args.output_dir, Path(trainer.state.best_model_checkpoint).name)
+    if damage := find_damage(best):
+        logger.warning(f"{best}, the best, cannot be used: {damage}; the last one is used instead")
+    else:
+        trainer.state.best_model_checkpoint = str(best)
+        trainer._load_best_model()
 
 
 @contextmanager

@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         description="Deep Delta Learning for Hugging Face Transformers.",
         epilog="commands:\n" + "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error was raised")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="see below; COMMAND --help explains it")
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         import_module(f".{module}", __package__).main(options.arguments)
     except (InputError, RunError, ModuleNotFoundError) as error:
-        if options.traceback or "--traceback" in arguments:
+        if "--traceback" in arguments:
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2

@@ -474,7 +474,8 @@ def convert_llama(model_or_path: PreTrainedModel | str | Path, **ddl_options) ->
     starts at W = 0, a = 1 and b = (1, 0, ..., 0), so that the first value channel is the residual stream of the Llama and
     compressors start by reading that alone. The others hold the token's embedding until something is written to them.
     W, a and b of that channel and the read vectors have gradients from the start, those of the others and the gates β after one
-    step. Weight decay would take a, b and the read vectors towards 0: [`ResumableTrainer`] spares them, [`~transformers.Trainer`] does not.
+    step. Weight decay would take a, b and the read vectors towards 0: [`ResumableTrainer`] spares them,
+    [`~transformers.Trainer`] does not.
 
     Args:
         model_or_path: A causal language model of type llama, mistral or qwen3, which is copied, or the folder or Hub name

@@ -35,7 +35,7 @@ def settings(config, *names):
 
 def test_default_is_the_papers_model_with_a_small_gate():
     config = DDLConfig()
-    assert settings(config, "residual_type", "num_value_channels", "gate_init") == ("delta", 4, 0.2)
+    assert settings(config, "residual_type", "num_value_channels", "gate_init") == ("delta", 4, 0.1)
     assert settings(config, "compressor", "compressor_kernel_size", "share_compressor") == ("channel", 4, True)
     assert settings(config, "embedding_conv", "embedding_conv_kernel_size") == (True, 4)
     assert settings(config, "value_input", "value_activation", "value_scale", "value_bias") == (

@@ -384,7 +384,7 @@ INCOMPLETE = {
     "other-model": (edited("config.json", '"model_type": "ddl"', '"model_type": "llama"'), "config.json was not written by"),
     "no-auto-map": (edited("config.json", "auto_map", "map"), "config.json was not written by"),
     "unknown-architecture": (edited("config.json", '"DDLForCausalLM"', '"Other"'), "architectures must name a DDL model"),
-    "bad-config": (edited("config.json", '"gate_init": 0.2', '"gate_init": 7'), "gate_init must lie strictly between"),
+    "bad-config": (edited("config.json", '"gate_init": 0.1', '"gate_init": 7'), "gate_init must lie strictly between"),
     "no-weights": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
     "truncated-weights": (truncated, "incomplete metadata"),
     "missing-weight": (without_tensor, "weights: missing keys model."),

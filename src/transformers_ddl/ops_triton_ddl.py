@@ -609,8 +609,6 @@ def boundary_backward_kernel(
         if HAS_GRAD_STATE:
             prefetch(grad_new_state_ptr + next_token * (N * D), N, D)
         prefetch(snapshot_ptr + next_token * (N * D), N, D)
-        for i in tl.static_range(NUM_REPLAYS):
-            prefetch(replays[2 * i] + next_token * D, 1, D)
         if HAS_WRITE:
             prefetch(direction_ptr + next_token * D, 1, D)
 

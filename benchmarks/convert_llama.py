@@ -58,10 +58,10 @@ from transformers_ddl.trainer import ResumableTrainer
 
 # Options of the conversion, and the share of the steps within which anchors are annealed
 CONVERSIONS = {
-    "scalar": ({}, None),
-    "cc": ({"num_value_channels": 4}, None),
-    "scalar_annealed": ({}, 0.5),
-    "cc_annealed": ({"num_value_channels": 4}, 0.5),
+    "scalar": ({"gate_init": 0.2}, None),
+    "cc": ({"gate_init": 0.2, "num_value_channels": 4}, None),
+    "scalar_annealed": ({"gate_init": 0.2}, 0.5),
+    "cc_annealed": ({"gate_init": 0.2, "num_value_channels": 4}, 0.5),
 }
 
 # While compiling, transformers writes out even a plain causal mask, which bars sdpa's fast kernels: the Llama would be slower

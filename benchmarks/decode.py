@@ -14,8 +14,8 @@
 """
 Tokens per second of `generate` (greedy, static cache, bf16), compiled with CUDA graphs on a GPU as Transformers does it there by
 itself: of whole steps, and of the forward pass alone (the inputs' preparation included, choosing the token not), which is what
-models differ in. Ratios are to the first model of the run. At every token, compiled models check that each of their parameters is what it
-was when they were compiled, unless `--skip_guards` says that nothing will change.
+models differ in. Ratios are to the first model of the run. At every token, compiled models check that each of their modules and parameters is
+what it was when they were compiled, unless `--skip_guards` says that nothing will change (docs/serving.md).
 
     python benchmarks/decode.py --output outputs/decode.json
     python benchmarks/decode.py --size toy --batch_sizes 1 3 --new_tokens 24     # on a CPU
@@ -64,7 +64,7 @@ def build_in_bf16(name: str, size: str) -> PreTrainedModel:
         return type(model).from_pretrained(folder, dtype=torch.bfloat16).to(DEVICE)
 
 
-def generate(model: PreTrainedModel, batch_size: int, new_tokens: int, **options):
+def generate(model: PreTrainedModel, batch_size: int, new_tokens: int, compile_config: CompileConfig, **options):
     prompt = torch.randint(model.config.vocab_size, (batch_size, PROMPT_LENGTH), device=DEVICE)
     model.generate(
         prompt,
@@ -74,7 +74,7 @@ def generate(model: PreTrainedModel, batch_size: int, new_tokens: int, **options
         pad_token_id=0,
         max_new_tokens=new_tokens,
         cache_implementation="static",
-        compile_config=CompileConfig(fullgraph=True),  # CUDA graphs by default
+        compile_config=compile_config,
         **options,
     )
 
@@ -82,12 +82,15 @@ def generate(model: PreTrainedModel, batch_size: int, new_tokens: int, **options
 def measure(name: str, args: argparse.Namespace) -> list[dict]:
     """Median tokens per second for each batch size."""
     model, results = build_in_bf16(name, args.size), []
+    compile_config = CompileConfig(fullgraph=True)  # CUDA graphs by default
+    if args.skip_guards:
+        skip_guards = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        compile_config.mode, compile_config.options = None, {"triton.cudagraphs": True, "guard_filter_fn": skip_guards}
     for batch_size in args.batch_sizes:
-        for skip_guards in (False, args.skip_guards):  # the first compiles
+        for _ in range(2):  # the first compiles
             logits_clock, token_clock = LogitsClock(), TokenClock()
             clocks = {"stopping_criteria": [token_clock], "logits_processor": [logits_clock]}
-            with torch.compiler.set_stance(skip_guard_eval_unsafe=skip_guards):
-                generate(model, batch_size, args.new_tokens, **clocks)
+            generate(model, batch_size, args.new_tokens, compile_config, **clocks)
         tokens, logits = token_clock.times[WARMUP:], logits_clock.times[WARMUP:]
         steps = [later - earlier for earlier, later in zip(tokens, tokens[1:])]
         forwards = [later - earlier for earlier, later in zip(tokens, logits[1:])]
@@ -112,7 +115,7 @@ def main():
     parser.add_argument("--size", default="small", choices=list(SIZES))
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 64])
     parser.add_argument("--new_tokens", type=int, default=200)
-    skip_help = "as `torch.compiler.set_stance(skip_guard_eval_unsafe=True)`"
+    skip_help = "by `torch.compiler.skip_guard_on_all_nn_modules_unsafe`"
     parser.add_argument("--skip_guards", action="store_true", help=skip_help)
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args()

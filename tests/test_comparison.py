@@ -360,14 +360,21 @@ def test_divergence(workplace):
 
 
 def test_changed_default(finished, workplace, capsys):
-    """A result made with another default of a field that the grid does not give is no result of the grid."""
-    lines = [
-        result | {"config": result["config"] | {"key_eps": 1e-3}} for result in read_lines(finished / "results.jsonl")
-    ]
+    """A result made with another default of a field that the grid does not give is no result of the grid, unless it has no effect."""
+    results = read_lines(finished / "results.jsonl")
     Path("out").mkdir()
-    Path("out/results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def write(changed):
+        lines = [result | {"config": result["config"] | changed.get(result["method"], {})} for result in results]
+        Path("out/results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    write({"scalar": {"key_eps": 1e-3}})
     assert main(["compare", "run", "grid.yaml"]) == 2
-    assert "key_eps=0.001, which is 1e-05 by default now" in capsys.readouterr().err
+    assert "scalar with key_eps=0.001, which is 1e-05 by default now" in capsys.readouterr().err
+
+    write({"additive": {"gate_init": 0.9, "transformers_version": "5.0.0"}})
+    assert main(["compare", "run", "grid.yaml"]) == 0
+    assert len(read_lines(Path("out/results.jsonl"))) == len(results)
 
 
 def test_axes_of_several_products(workplace):

@@ -355,10 +355,15 @@ def test_inputs_embeds(variant):
 
 @pytest.mark.parametrize("variant", ["scalar", "cc", "tc"])
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "left-padded"])
-def test_static_cache_compiled(variant, padded):
-    """`generate` compiles by itself on accelerators only, without graph breaks; the CPU must be asked to."""
+@pytest.mark.parametrize("checked", [True, False], ids=["modules-checked", "modules-not-checked"])
+def test_static_cache_compiled(variant, padded, checked):
+    """
+    `generate` compiles by itself on accelerators only, without graph breaks; the CPU must be asked to. What is compiled need not check
+    at every token that no module has changed (docs/serving.md).
+    """
     torch.compiler.reset()
-    compile_config = CompileConfig(fullgraph=True, mode="default", dynamic=False)
+    options = None if checked else {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    compile_config = CompileConfig(fullgraph=True, mode=None, dynamic=False, options=options)
     compile_config._compile_all_devices = True
     model, prompt = tiny_model(variant), random_tokens(BATCH, 6)
     mask = torch.ones_like(prompt)

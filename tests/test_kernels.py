@@ -591,14 +591,22 @@ def test_decoding_takes_one_kernel_per_boundary(variant, cache_implementation, m
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", ["scalar", "cc"])
-def test_decoding_in_cuda_graphs(variant, monkeypatch):
-    """`generate` compiles single tokens with a static cache by itself, in mode "reduce-overhead"."""
+@pytest.mark.parametrize("checked", [True, False], ids=["modules-checked", "modules-not-checked"])
+def test_decoding_in_cuda_graphs(variant, checked, monkeypatch):
+    """
+    `generate` compiles single tokens with a static cache by itself, in mode "reduce-overhead", of which the option is the equivalent
+    (docs/serving.md).
+    """
+    compile_config = CompileConfig(fullgraph=True)
+    if not checked:
+        skip_guards = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        compile_config.mode, compile_config.options = None, {"triton.cudagraphs": True, "guard_filter_fn": skip_guards}
     model, tokens = tiny_model(variant).cuda(), random_tokens(2, 5).cuda()
     options = {"max_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
     expected = model.generate(tokens, disable_compile=True, **options)
     monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "1")
     for _ in range(2):
-        generated = model.generate(tokens, compile_config=CompileConfig(fullgraph=True), **options)
+        generated = model.generate(tokens, compile_config=compile_config, **options)
         assert torch.equal(generated, expected)
     assert hasattr(model, "_compiled_call"), "not compiled"
 

@@ -445,11 +445,12 @@ class MethodRuns:
         result = next((result for result in results if result["id"] == identifier), None)
         if result is None:
             return None
+        without_effect = {"transformers_version"} | (set() if run.config.has_gates else {"gate_init"})
         for then, now in (
             (result["config"], describe(run.config)),
             (result["training"], asdict(run.training_settings)),
         ):
-            for name in sorted(then.keys() & now.keys() - {"transformers_version"}):
+            for name in sorted(then.keys() & now.keys() - without_effect):
                 if then[name] != now[name]:
                     raise InputError(
                         f"output: {str(self.results)!r} has run {run.method} with {name}={then[name]!r}, which is "

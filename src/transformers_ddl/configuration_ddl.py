@@ -105,8 +105,8 @@ class DDLConfig(LlamaConfig):
         embedding_conv_kernel_size (`int`, *optional*):
             Taps of that convolution; 4 if None. Only with `embedding_conv`.
         gate_init (`float`, defaults to 0.1):
-            Gate β₀ ∈ (0, 2) at which training starts. The authors' is 1; docs/results.md compares trainings from 0.1, 0.2
-            and 0.5, of which 0.1 is best for the default model.
+            Gate β₀ ∈ (0, 2) at which training starts. The authors' is 1; docs/results.md compares trainings from 0.1 and 0.2,
+            and says why the default model, DDL-CC with its embedding convolution, is what it is.
         gate_hidden_size (`int`, *optional*):
             Hidden width of the gate's two-layer form; one linear map if None.
         value_input (`"residual"` or `"context"`, defaults to `"residual"`):

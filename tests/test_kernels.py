@@ -17,6 +17,7 @@ import torch
 from conftest import random_tokens, randomise, tiny_config, tiny_model
 from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
 from transformers import CompileConfig, DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
 
@@ -534,9 +535,12 @@ def test_token_convolutions_with_past_inputs_need_the_pytorch_path():
     assert not can_fuse_expansion(model.config, embeddings, model.embedding_conv, cache)
 
 
-@pytest.mark.parametrize("change", ["value_proj", "residual", "norm", "compressor", "offload"])
-def test_modules_that_are_wrapped_or_offloaded_are_not_bypassed(change):
-    """An adapter must take part in the forward pass, and offloaded weights must be fetched."""
+CHANGES = ["value_proj", "residual", "norm", "compressor", "offload", "forward_pre_hook", "forward_hook"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_modules_that_are_wrapped_offloaded_or_watched_are_not_bypassed(change):
+    """An adapter must take part in the forward pass, offloaded weights must be fetched, and hooks called."""
     from transformers_ddl.ops_ddl import can_fuse
 
     layer = DDLForCausalLM(tiny_config()).model.layers[0].to(DEVICE)
@@ -547,9 +551,46 @@ def test_modules_that_are_wrapped_or_offloaded_are_not_bypassed(change):
         layer.attn_residual.value_proj = torch.nn.Sequential(layer.attn_residual.value_proj)
     elif change == "offload":
         layer.compressor.to("meta")
+    elif change.endswith("hook"):
+        for module in (layer.compressor, layer.input_layernorm, layer.attn_residual.beta_proj):
+            with getattr(module, f"register_{change}")(lambda *args: None):
+                assert not can_fuse(layer.config, state, *modules.values())
+        assert can_fuse(layer.config, state, *modules.values())
+        return
     else:
         modules[change] = torch.nn.Sequential(modules[change])
     assert not can_fuse(layer.config, state, *modules.values())
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_sharded_weights_are_gathered(tied, tmp_path):
+    """By FSDP2 in the groups that accelerate makes, of which the last has the norm before the head: by hooks of what is called first."""
+    model = tiny_model("cc", tie_word_embeddings=tied, num_hidden_layers=1).to(DEVICE).train()
+    tokens = random_tokens(1, 4).to(DEVICE)
+
+    def loss_and_gradients():
+        loss = model(tokens, labels=tokens, use_cache=False, skip_logits=True).loss  # as `DDLTrainer`
+        loss.backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        model.zero_grad()
+        return loss, gradients
+
+    expected_loss, expected = loss_and_gradients()
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh(DEVICE, (1,))
+        embeddings = model.get_input_embeddings()
+        for module in [*model.model.layers, *([] if tied else [embeddings])]:
+            fully_shard(module, mesh=mesh)
+        fully_shard([model.model.norm, *([embeddings] if tied else []), model.lm_head], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        loss, gradients = loss_and_gradients()
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(gradients[name].to_local(), gradient, rtol=1e-4, atol=1e-6, msg=name)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_hidden_states_need_the_pytorch_path(monkeypatch):

@@ -51,8 +51,8 @@ def is_exporting() -> bool:
 def can_run(tensor: torch.Tensor, *modules: nn.Module) -> bool:
     """
     Whether kernels, which read the weights of modules without calling them, can stand in for these: with Triton, for a tensor in
-    float32, bfloat16 or float16 on a GPU, and modules that are what they were made as (not wrapped by an adapter, nor their
-    weights offloaded). Programs that `torch.export` makes have none, so that they can run anywhere. The environment variable
+    float32, bfloat16 or float16 on a GPU, and modules that are what they were made as: not wrapped by an adapter, without hooks, by
+    which FSDP2 and DeepSpeed gather sharded weights, and with weights that are not offloaded. Programs that `torch.export` makes have none, so that they can run anywhere. The environment variable
     `TRANSFORMERS_DDL_KERNELS` overrides the device: 0 always takes the PyTorch path, 1 takes the kernels on a CPU too (Triton's
     interpreter).
     """
@@ -64,11 +64,11 @@ def can_run(tensor: torch.Tensor, *modules: nn.Module) -> bool:
     if is_exporting() or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     # What wraps a module has it as a child. Compiled models check what is looked at here at every call, which takes time in
-    # decoding: hence not by iterating over `children()` and `parameters()`, and one parameter for all, as hooks offload them
+    # decoding: hence not by iterating over `children()` and `parameters()`, and one parameter for all, as they are offloaded together
     weights = [getattr(module, "weight", None) for module in modules]
-    return not any(module._modules for module in modules) and all(
-        weight is None or weight.device == tensor.device for weight in weights
-    )
+    return not any(
+        module._modules or module._forward_pre_hooks or module._forward_hooks for module in modules
+    ) and all(weight is None or weight.device == tensor.device for weight in weights)
 
 
 def can_fuse(

@@ -167,19 +167,24 @@ def assert_same(stats, expected):
         torch.testing.assert_close(stats[name], expected[name], rtol=tolerance, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("variant", ["scalar", "cc", "write-only"])
-def test_statistics_beside_the_kernels(variant, monkeypatch):
+@pytest.mark.parametrize("variant", ["scalar", "cc", "tc", "write-only"])
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "left-padded"])
+def test_statistics_beside_the_kernels(variant, padded, monkeypatch):
     """The fused kernels compute gates and targets without calling the modules."""
     pytest.importorskip("triton")
     model, tokens = tiny_model(variant), random_tokens(2, 5)
+    model.config.use_cache = False  # token convolutions with a cache have no kernel
+    mask = torch.ones_like(tokens)
+    mask[1, : 2 * padded] = 0
     with torch.no_grad():
         with model.record_delta_stats() as expected:
-            model(tokens)
+            model(tokens, mask)
         monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "1")
-        monkeypatch.setattr(model.model.layers[1].mlp_residual, "forward", None)  # only the kernels can do without it
-        logits = model(tokens).logits
+        residual = model.model.layers[1].mlp_residual
+        monkeypatch.setattr(residual, "forward", None)  # only the kernels can do without it
+        logits = model(tokens, mask).logits
         with model.record_delta_stats() as stats:
-            assert torch.equal(model(tokens).logits, logits)
+            assert torch.equal(model(tokens, mask).logits, logits)
     assert_same(stats, expected)
 
 

@@ -535,7 +535,7 @@ def test_token_convolutions_with_past_inputs_need_the_pytorch_path():
     assert not can_fuse_expansion(model.config, embeddings, model.embedding_conv, cache)
 
 
-CHANGES = ["value_proj", "residual", "norm", "compressor", "offload", "forward_pre_hook", "forward_hook"]
+CHANGES = ["value_proj", "residual", "norm", "compressor", "offload", "quantise", "forward_pre_hook", "forward_hook"]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -551,8 +551,12 @@ def test_modules_that_are_wrapped_offloaded_or_watched_are_not_bypassed(change):
         layer.attn_residual.value_proj = torch.nn.Sequential(layer.attn_residual.value_proj)
     elif change == "offload":
         layer.compressor.to("meta")
+    elif change == "quantise":
+        linear = layer.attn_residual.value_proj
+        linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(type("Quantised", (torch.Tensor,), {})))
+        assert type(linear) is torch.nn.Linear
     elif change.endswith("hook"):
-        for module in (layer.compressor, layer.input_layernorm, layer.attn_residual.beta_proj):
+        for module in (*modules.values(), layer.attn_residual.beta_proj):
             with getattr(module, f"register_{change}")(lambda *args: None):
                 assert not can_fuse(layer.config, state, *modules.values())
         assert can_fuse(layer.config, state, *modules.values())
@@ -591,6 +595,24 @@ def test_sharded_weights_are_gathered(tied, tmp_path):
             torch.testing.assert_close(gradients[name].to_local(), gradient, rtol=1e-4, atol=1e-6, msg=name)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["norm", "layers.0.input_layernorm", "layers.0.compressor", "layers.0.mlp_residual"])
+def test_other_classes_are_not_bypassed(name, monkeypatch):
+    """What a class of the user's does in the place of ours is done with kernels, too."""
+    model, tokens = tiny_model("cc").to(DEVICE), random_tokens(1, 4).to(DEVICE)
+    module = model.model.get_submodule(name)
+    unchanged = model(tokens).logits
+
+    def forward(self, *args, **kwargs):
+        outputs = super(type(self), self).forward(*args, **kwargs)
+        return tuple(0.5 * output for output in outputs) if isinstance(outputs, tuple) else 0.5 * outputs
+
+    module.__class__ = type("Halved", (type(module),), {"forward": forward})
+    logits = model(tokens).logits
+    monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", "0")
+    torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert (logits - unchanged).abs().max() > 1e-2
 
 
 def test_hidden_states_need_the_pytorch_path(monkeypatch):

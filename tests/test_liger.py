@@ -177,6 +177,17 @@ def test_adapters(targets):
     torch.testing.assert_close(gradients, plain, rtol=1e-4, atol=1e-6)
 
 
+def test_hooks_of_the_head_are_called():
+    """They may gather or fetch its weight, or change what it gives."""
+    model = with_liger(tiny_model("scalar").to(DEVICE), **LOSS_ONLY).train()
+    batch = make_batch()
+    expected = with_liger(tiny_model("scalar").to(DEVICE), **LOSS_ONLY).train()(**batch, skip_logits=False).loss
+    with model.lm_head.register_forward_hook(lambda head, args, logits: torch.zeros_like(logits)):
+        loss = model(**batch).loss
+    torch.testing.assert_close(loss.exp().item(), float(model.config.vocab_size), rtol=1e-4, atol=0)
+    torch.testing.assert_close(model(**batch).loss, expected, rtol=1e-6, atol=0)
+
+
 def test_other_heads_use_the_kernels_too():
     model = tiny_model("scalar", DDLForSequenceClassification, pad_token_id=0).to(DEVICE)
     tokens = random_tokens(2, 5).to(DEVICE)

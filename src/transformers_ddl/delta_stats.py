@@ -113,15 +113,18 @@ class DeltaStats:
         self._state = self._weights = self._last_direction = None
 
     @torch.no_grad()
-    def _enter_layer(self, layer: nn.Module, args: tuple):
+    def _enter_layer(self, layer: nn.Module, args: tuple, kwargs: dict):
         if self._running:
             state, *write = args
             self._state = write_delta(self.config, state, *write) if write else state
             self._weights = None
+            self._layout = {name: kwargs.get(name) for name in ("conv_mask", "document_ids")}
 
     def _take_weights(self, residual: nn.Module, args: tuple, weights: tuple[torch.Tensor, ...]):
         if self._running:
             self._weights = weights
+
+    _take_weights.works_beside_kernels = True  # `_leave_attention` makes up for the call that they leave out
 
     @torch.no_grad()
     def _leave_attention(self, layer: nn.Module, attention: nn.Module, args: tuple, kwargs: dict, outputs: tuple):
@@ -129,7 +132,8 @@ class DeltaStats:
             return
         state, context = self._state.to(outputs[0].device), kwargs["hidden_states"]
         if self._weights is None:  # the fused kernels compute them without calling the module
-            layer.attn_residual(layer.compressor(state), context)
+            hidden_states = layer.compressor(state, layer_idx=layer.layer_idx, state_idx=0, **self._layout)
+            layer.attn_residual(hidden_states, context)
         self._record(2 * layer.layer_idx, state, outputs[0], *self._weights)
 
     @torch.no_grad()
@@ -226,7 +230,7 @@ def record_delta_stats(model: PreTrainedModel) -> Iterator[DeltaStats]:
         handles += [base.register_forward_hook(stats._finish)]
         for layer in base.layers[: config.num_hidden_layers]:
             handles += [
-                layer.register_forward_pre_hook(stats._enter_layer),
+                layer.register_forward_pre_hook(stats._enter_layer, with_kwargs=True),
                 layer.attn_residual.register_forward_hook(stats._take_weights),
                 layer.self_attn.register_forward_hook(partial(stats._leave_attention, layer), with_kwargs=True),
                 layer.register_forward_hook(stats._leave_layer),

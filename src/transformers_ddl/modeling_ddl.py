@@ -607,7 +607,14 @@ def begin_sublayer(
         weights: of the next sublayer's write.
         history: what it is for the next boundary.
     """
-    if not output_hidden_states and can_fuse(config, state, compressor, norm, residual, past_key_values):
+    residual_class, carry_out = RESIDUALS[config.residual_type]
+    # Kernels compute what these classes do, not what others do in their place
+    is_known = (
+        type(norm) is DDLRMSNorm
+        and type(compressor) is COMPRESSORS[config.compressor]
+        and (residual is None or type(residual) is residual_class)
+    )
+    if is_known and not output_hidden_states and can_fuse(config, state, compressor, norm, residual, past_key_values):
         mixing = None if config.compressor is None else compressor.mixing()
         state, context, weights, history = fused_boundary(
             config, state, write, mixing, norm, residual, history, conv_mask, document_ids
@@ -615,7 +622,6 @@ def begin_sublayer(
         return state, None, context, weights, history
 
     if write:
-        _, carry_out = RESIDUALS[config.residual_type]
         state = carry_out(config, state, *write)
     if isinstance(residual, (DDLHyperConnection, DDLManifoldHyperConnection)):
         hidden_states, weights = residual(state)
@@ -1057,7 +1063,7 @@ class DDLForCausalLM(DDLPreTrainedModel, GenerationMixin):
         if skip_logits is None:
             skip_logits = self.training and self.loss_without_logits is not None
         skip_logits = skip_logits and labels is not None
-        if skip_logits and self.loss_without_logits is not None and self._head_is_plain():
+        if skip_logits and self.loss_without_logits is not None and self._head_is_plain(hidden_states.device):
             loss = self.loss_without_logits(hidden_states, self.lm_head.weight, labels, **kwargs)
         else:
             logits = self.lm_head(hidden_states)
@@ -1097,9 +1103,11 @@ class DDLForCausalLM(DDLPreTrainedModel, GenerationMixin):
             masks["linear_attention"] = create_recurrent_attention_mask(**mask_kwargs)
         return masks
 
-    def _head_is_plain(self) -> bool:
-        # A head that an adapter wraps, or whose weight is sharded or quantised, must be called
-        return type(self.lm_head) is nn.Linear and type(self.lm_head.weight) is nn.Parameter
+    def _head_is_plain(self, device: torch.device) -> bool:
+        # A head that an adapter wraps, that has hooks, or whose weight is sharded, quantised or offloaded must be called
+        head = self.lm_head
+        is_plain = type(head) is nn.Linear and not head._forward_pre_hooks and not head._forward_hooks
+        return is_plain and type(head.weight) is nn.Parameter and head.weight.device == device
 
 
 class DDLForSequenceClassification(GenericForSequenceClassification, DDLPreTrainedModel): ...

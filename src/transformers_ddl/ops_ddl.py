@@ -51,8 +51,8 @@ def is_exporting() -> bool:
 def can_run(tensor: torch.Tensor, *modules: nn.Module) -> bool:
     """
     Whether kernels, which read the weights of modules without calling them, can stand in for these: with Triton, for a tensor in
-    float32, bfloat16 or float16 on a GPU, and modules that are what they were made as: not wrapped by an adapter, without hooks, by
-    which FSDP2 and DeepSpeed gather sharded weights, and with weights that are not offloaded. Programs that `torch.export` makes have none, so that they can run anywhere. The environment variable
+    float32, bfloat16 or float16 on a GPU, and modules that are what they were made as: not wrapped by an adapter, without hooks (by
+    which FSDP2 and DeepSpeed gather sharded weights), and with weights that are neither quantised nor offloaded. Programs that `torch.export` makes have none, so that they can run anywhere. The environment variable
     `TRANSFORMERS_DDL_KERNELS` overrides the device: 0 always takes the PyTorch path, 1 takes the kernels on a CPU too (Triton's
     interpreter).
     """
@@ -65,10 +65,13 @@ def can_run(tensor: torch.Tensor, *modules: nn.Module) -> bool:
         return False
     # What wraps a module has it as a child. Compiled models check what is looked at here at every call, which takes time in
     # decoding: hence not by iterating over `children()` and `parameters()`, and one parameter for all, as they are offloaded together
+    if any(module._modules or module._forward_pre_hooks or module._forward_hooks for module in modules):
+        return False
     weights = [getattr(module, "weight", None) for module in modules]
-    return not any(
-        module._modules or module._forward_pre_hooks or module._forward_hooks for module in modules
-    ) and all(weight is None or weight.device == tensor.device for weight in weights)
+    return all(
+        weight is None or type(weight) in (nn.Parameter, torch.Tensor) and weight.device == tensor.device
+        for weight in weights
+    )
 
 
 def can_fuse(
@@ -88,6 +91,9 @@ def can_fuse(
     if config.compressor == "token" and past_key_values is not None:
         return False
     if config.num_delta_steps > 1 or config.num_value_channels > MAX_VALUE_CHANNELS:
+        return False
+    hooks = [] if residual is None else [*residual._forward_pre_hooks.values(), *residual._forward_hooks.values()]
+    if not all(getattr(hook, "works_beside_kernels", False) for hook in hooks):
         return False
     maps = []
     if residual is not None and config.has_gates:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -567,10 +568,12 @@ def test_modules_that_are_wrapped_offloaded_or_watched_are_not_bypassed(change):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_sharded_weights_are_gathered(tied, tmp_path):
+def test_sharded_weights_are_gathered(tied, tmp_path, monkeypatch):
     """By FSDP2 in the groups that accelerate makes, of which the last has the norm before the head: by hooks of what is called first."""
     model = tiny_model("cc", tie_word_embeddings=tied, num_hidden_layers=1).to(DEVICE).train()
     tokens = random_tokens(1, 4).to(DEVICE)
+    fused_boundary = Mock(wraps=ops_ddl.fused_boundary)
+    monkeypatch.setattr("transformers_ddl.modeling_ddl.fused_boundary", fused_boundary)
 
     def loss_and_gradients():
         loss = model(tokens, labels=tokens, use_cache=False, skip_logits=True).loss  # as `DDLTrainer`
@@ -590,6 +593,7 @@ def test_sharded_weights_are_gathered(tied, tmp_path):
         fully_shard([model.model.norm, *([embeddings] if tied else []), model.lm_head], mesh=mesh)
         fully_shard(model, mesh=mesh)
         loss, gradients = loss_and_gradients()
+        assert fused_boundary.call_count == 3 + 2, "with weights that are not sharded, the readout's too"
         torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
         for name, gradient in expected.items():
             torch.testing.assert_close(gradients[name].to_local(), gradient, rtol=1e-4, atol=1e-6, msg=name)
@@ -660,6 +664,7 @@ def test_decoding_in_cuda_graphs(variant, checked, monkeypatch):
     `generate` compiles single tokens with a static cache by itself, in mode "reduce-overhead", of which the option is the equivalent
     (docs/serving.md).
     """
+    torch.compiler.reset()  # without the checks, the program of another model would be taken for this one's
     compile_config = CompileConfig(fullgraph=True)
     if not checked:
         skip_guards = torch.compiler.skip_guard_on_all_nn_modules_unsafe

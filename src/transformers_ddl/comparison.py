@@ -60,20 +60,23 @@ from .trainer import decay_parameter_names
 RESULTS_FILE = "results.jsonl"
 # What a report needs of a result
 RESULT_FIELDS = {
-    *(
-        "id",
-        "method",
-        "stage",
-        "seed",
-        "tuned",
-        "config",
-        "training",
-        "curve",
-        "validation_loss",
-        "diverged",
-        "parameters",
-    ),
-    *("flops_per_token", "tokens_per_second", "peak_memory_gib", "hardware", "versions", "git_commit"),
+    "id",
+    "method",
+    "stage",
+    "seed",
+    "tuned",
+    "config",
+    "training",
+    "curve",
+    "validation_loss",
+    "diverged",
+    "parameters",
+    "flops_per_token",
+    "tokens_per_second",
+    "peak_memory_gib",
+    "hardware",
+    "versions",
+    "git_commit",
 }
 PADDING = -1
 

@@ -52,9 +52,9 @@ def can_run(tensor: torch.Tensor, *modules: nn.Module) -> bool:
     """
     Whether kernels, which read the weights of modules without calling them, can stand in for these: with Triton, for a tensor in
     float32, bfloat16 or float16 on a GPU, and modules that are what they were made as: not wrapped by an adapter, without hooks (by
-    which FSDP2 and DeepSpeed gather sharded weights), and with weights that are neither quantised nor offloaded. Programs that `torch.export` makes have none, so that they can run anywhere. The environment variable
-    `TRANSFORMERS_DDL_KERNELS` overrides the device: 0 always takes the PyTorch path, 1 takes the kernels on a CPU too (Triton's
-    interpreter).
+    which FSDP2 and DeepSpeed gather sharded weights), and with weights that are neither quantised nor offloaded. Programs that
+    `torch.export` makes have none, so that they can run anywhere. The environment variable `TRANSFORMERS_DDL_KERNELS` overrides
+    the device: 0 always takes the PyTorch path, 1 takes the kernels on a CPU too (Triton's interpreter).
     """
     kernels = os.environ.get("TRANSFORMERS_DDL_KERNELS", "auto")
     if kernels not in ("0", "1", "auto"):

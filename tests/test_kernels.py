@@ -17,8 +17,10 @@ import pytest
 import torch
 from conftest import random_tokens, randomise, tiny_config, tiny_model
 from torch._dynamo.backends.debugging import aot_eager
+from torch._inductor.compile_fx import compile_fx
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import CompileConfig, DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
 
@@ -599,6 +601,34 @@ def test_sharded_weights_are_gathered(tied, tmp_path, monkeypatch):
             torch.testing.assert_close(gradients[name].to_local(), gradient, rtol=1e-4, atol=1e-6, msg=name)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_programs_that_ddp_cuts(tmp_path, monkeypatch):
+    """DDP has one program compiled for each bucket of gradients; snapshots and writes that are replayed go from one to the next."""
+    torch.compiler.reset()
+    monkeypatch.setattr(ops_ddl, "NUM_REPLAYS", 0)
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
+    model = tiny_model("cc", num_hidden_layers=1).to(DEVICE).train()
+    tokens = random_tokens(1, 4).to(DEVICE)
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    programs = []
+
+    def backend(program, inputs):
+        programs.append(program)
+        return compile_fx(program, inputs)
+
+    backend_of_ddp = "nccl" if DEVICE == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend_of_ddp, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        replicated = torch.compile(DistributedDataParallel(model, bucket_cap_mb=0.01), backend=backend)
+        replicated(tokens, labels=tokens, use_cache=False).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(programs) > 2
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("name", ["norm", "layers.0.input_layernorm", "layers.0.compressor", "layers.0.mlp_residual"])

@@ -159,8 +159,14 @@ def fused_boundary(
     """
     from .ops_triton_ddl import VALUE_ACTIVATIONS, boundary_op
 
+    state = state.contiguous()
+    if not history or len(history) > 1 + 2 * NUM_REPLAYS:
+        # DDP may cut a compiled program here. Were the detached tensor flat, as what the operation before returned is, both would
+        # be one result to it, which autograd then takes to be without gradients
+        history = (state.detach(),)
+    snapshot, *replays = history
     batch_shape = state.shape[:2]
-    state = state.flatten(0, 1).contiguous()
+    state, snapshot = state.flatten(0, 1), snapshot.flatten(0, 1)
     direction = target = gate = keep = amplitude = None
     if write:
         direction, weights = write[0].flatten(0, 1).contiguous(), write[1:]
@@ -173,9 +179,6 @@ def fused_boundary(
             (amplitude,) = weights
     heads = residual if config.has_gates else None
     value_proj = getattr(heads, "value_proj", None)
-    if not history or len(history) > 1 + 2 * NUM_REPLAYS:
-        history = (state.detach(),)
-    snapshot, *replays = history
     write = (direction, target, gate, keep, amplitude)
     maps = (
         norm.weight,

@@ -87,6 +87,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict]:
         skip_guards = torch.compiler.skip_guard_on_all_nn_modules_unsafe
         compile_config.mode, compile_config.options = None, {"triton.cudagraphs": True, "guard_filter_fn": skip_guards}
     for batch_size in args.batch_sizes:
+        torch.compiler.reset()  # or a second batch size would be compiled for any
         for _ in range(2):  # the first compiles
             logits_clock, token_clock = LogitsClock(), TokenClock()
             clocks = {"stopping_criteria": [token_clock], "logits_processor": [logits_clock]}

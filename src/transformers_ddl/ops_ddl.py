@@ -159,14 +159,10 @@ def fused_boundary(
     """
     from .ops_triton_ddl import VALUE_ACTIVATIONS, boundary_op
 
-    state = state.contiguous()
-    if not history or len(history) > 1 + 2 * NUM_REPLAYS:
-        # DDP may cut a compiled program here. Were the detached tensor flat, as what the operation before returned is, both would
-        # be one result to it, which autograd then takes to be without gradients
-        history = (state.detach(),)
-    snapshot, *replays = history
     batch_shape = state.shape[:2]
-    state, snapshot = state.flatten(0, 1), snapshot.flatten(0, 1)
+    state = state.flatten(0, 1).contiguous()
+    begins_history = not history or len(history) > 1 + 2 * NUM_REPLAYS
+    snapshot, *replays = (state,) if begins_history else history
     direction = target = gate = keep = amplitude = None
     if write:
         direction, weights = write[0].flatten(0, 1).contiguous(), write[1:]
@@ -219,7 +215,7 @@ def fused_boundary(
         hidden_states = hidden_states.unsqueeze(1)
         no_write = [None] * len(write)
         _, context, new_target, new_gate, *_ = boundary_op(
-            hidden_states, *no_write, None, *maps, hidden_states.detach(), [], *options
+            hidden_states, *no_write, None, *maps, hidden_states, [], *options
         )
     else:
         new_state, context, new_target, new_gate, _, written, *_ = boundary_op(
@@ -229,8 +225,11 @@ def fused_boundary(
     if residual is None:
         return None, context, (), ()
     if direction is None:
-        new_state = state
+        new_state, history = state, ()
     else:
+        # Detached after the operation: where DDP cuts a compiled program in two, at the operation's parameters, the first one
+        # would otherwise return a tensor both with and without gradients, for which torch (2.11 and 2.13) loses them or stops
+        history = (state.detach(),) if begins_history else history
         history = (*history, direction.detach(), written)
     if not torch.is_grad_enabled():  # or earlier states would stay in memory
         history = ()

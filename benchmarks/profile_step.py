@@ -30,6 +30,7 @@ from common import DEVICE, MODELS, SIZES, build, free_memory, mark, report, seco
 from decode import build_in_bf16, generate
 from torch.profiler import ProfilerActivity, profile
 from train_step import BATCHES, WARMUP, training_step
+from transformers import CompileConfig
 
 
 STEPS = 3
@@ -58,7 +59,7 @@ def trained(name: str, size: str, compiled: bool) -> Callable:
 
 def decoded(name: str, size: str, batch_size: int) -> Callable:
     """Generates so many tokens, of which the prefill is shared out among them."""
-    return partial(generate, build_in_bf16(name, size), batch_size, NEW_TOKENS)
+    return partial(generate, build_in_bf16(name, size), batch_size, NEW_TOKENS, CompileConfig(fullgraph=True))
 
 
 def measure(name: str, step: Callable, steps: int) -> tuple[float, list[dict]]:

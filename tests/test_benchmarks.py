@@ -13,7 +13,7 @@
 # limitations under the License.
 """
 The benchmark of converted Llamas compares what it says, and goes on where it was interrupted; that of several processes
-trains the same models whatever their number.
+trains the same models whatever their number; those of speed say how fast each model was.
 """
 
 import json
@@ -28,6 +28,7 @@ import yaml
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+WITHOUT_GPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.mark.slow
@@ -80,12 +81,35 @@ def test_converted_llamas(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train_step.py --sizes toy --steps 2 --eager",
+        "decode.py --size toy --batch_sizes 2 --new_tokens 10 --skip_guards",
+    ],
+)
+def test_speed(command, tmp_path):
+    command = [*command.split(), "--models", "additive", "cc", "--output", tmp_path / "out.json"]
+    subprocess.run([sys.executable, *command], env=WITHOUT_GPU, cwd=REPOSITORY / "benchmarks", check=True)
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [result["model"] for result in results] == ["additive", "cc"]
+    # Ratios are of tokens per second
+    times = [result.get("milliseconds", result.get("step_ms")) for result in results]
+    assert results[1]["ratio"] == pytest.approx(times[0] / times[1])
+
+
+def test_what_is_profiled():
+    """The profiler is for GPUs; the steps of which it makes profiles are not."""
+    program = "from profile_step import decoded, trained; decoded('cc', 'toy', 2)(); trained('cc', 'toy', False)()"
+    subprocess.run([sys.executable, "-c", program], env=WITHOUT_GPU, cwd=REPOSITORY / "benchmarks", check=True)
+
+
 @pytest.mark.slow
 def test_scaling(tmp_path):
     workloads = ["ddp/toy", "fsdp2/toy", "tensor/toy"]
     command = [sys.executable, REPOSITORY / "benchmarks/scaling.py", "--workloads", *workloads]
     command += ["--processes", "1", "2", "--steps", "2", "--eager", "--output", tmp_path / "scaling.json"]
-    subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True)
+    subprocess.run(command, env=WITHOUT_GPU, check=True)
     results = {
         tuple(result[name] for name in ("workload", "phase", "model", "processes")): result
         for result in json.loads((tmp_path / "scaling.json").read_text())["results"]

@@ -393,15 +393,22 @@ def test_compiled_training(options, monkeypatch):
     model = randomise(DDLForCausalLM(tiny_config(**options))).to(DEVICE).train()
     tokens = torch.randint(0, model.config.vocab_size, (2, 3), device=DEVICE)
     expected = run(model, tokens, monkeypatch, "1")
-    operations = []
+    operations, detached = [], []
 
     def backend(program, inputs):
-        operations.extend(str(node.target) for node in program.graph.nodes if node.op == "call_function")
+        nodes = list(program.graph.nodes)
+        operations.extend(str(node.target) for node in nodes if node.op == "call_function")
+        # Wherever DDP cuts the program, no tensor goes on both with its gradient and detached
+        for i, node in enumerate(nodes):
+            if node.target == "detach":
+                detached.append(node)
+                assert set(node.args[0].users).isdisjoint(nodes[i + 1 :])
         return aot_eager(program, inputs)
 
     model.compile(fullgraph=True, backend=backend)
     for value, reference in zip(run(model, tokens, monkeypatch, "1").values(), expected.values(), strict=True):
         assert relative_error(value, reference) < 1e-5
+    assert detached
     boundaries = 2 * model.config.num_hidden_layers + 1
     assert sum("boundary" in operation for operation in operations) == boundaries
     assert sum("expansion" in operation for operation in operations) == int(bool(model.config.embedding_conv))

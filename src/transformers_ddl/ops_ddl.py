@@ -161,8 +161,9 @@ def fused_boundary(
 
     batch_shape = state.shape[:2]
     state = state.flatten(0, 1).contiguous()
-    begins_history = not history or len(history) > 1 + 2 * NUM_REPLAYS
-    snapshot, *replays = (state,) if begins_history else history
+    if len(history) > 1 + 2 * NUM_REPLAYS:
+        history = ()
+    snapshot, *replays = history or (state,)
     direction = target = gate = keep = amplitude = None
     if write:
         direction, weights = write[0].flatten(0, 1).contiguous(), write[1:]
@@ -225,11 +226,11 @@ def fused_boundary(
     if residual is None:
         return None, context, (), ()
     if direction is None:
-        new_state, history = state, ()
+        new_state = state
     else:
         # Detached after the operation: where DDP cuts a compiled program in two, at the operation's parameters, the first one
         # would otherwise return a tensor both with and without gradients, for which torch (2.11 and 2.13) loses them or stops
-        history = (state.detach(),) if begins_history else history
+        history = history or (state.detach(),)
         history = (*history, direction.detach(), written)
     if not torch.is_grad_enabled():  # or earlier states would stay in memory
         history = ()

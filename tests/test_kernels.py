@@ -611,7 +611,7 @@ def test_sharded_weights_are_gathered(tied, tmp_path, monkeypatch):
 
 
 def test_programs_that_ddp_cuts(tmp_path, monkeypatch):
-    """DDP has one program compiled for each bucket of gradients; snapshots and writes that are replayed go from one to the next."""
+    """DDP has one program compiled for each bucket of gradients; states, snapshots and writes go from one to the next."""
     torch.compiler.reset()
     monkeypatch.setattr(ops_ddl, "NUM_REPLAYS", 0)
     monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Compiles the kernels of training steps for a Hopper GPU that need not be there, and prints what would be launched: for each kernel
+Compiles the kernels of training steps and of single tokens for a Hopper GPU that need not be there, and prints what would be launched: for each kernel
 and grid, a line of JSON. Run by `test_kernels.py` in a process of its own, where Triton does not interpret.
 """
 
@@ -60,12 +60,15 @@ class Utils:
 class Launcher:
     """Computes nothing."""
 
+    num_tokens: int  # of the batch
+
     def __init__(self, src, metadata):
         self.num_warps = metadata.num_warps
 
     def __call__(self, *args):
         *grid, _, function = args[:5]
-        print(json.dumps(function | {"grid": grid, "warps": self.num_warps}), flush=True)
+        shared = {"grid": grid, "warps": self.num_warps, "num_tokens": self.num_tokens}
+        print(json.dumps(function | shared), flush=True)
 
 
 class Driver:
@@ -98,8 +101,12 @@ def main():
             shape = {"hidden_size": 256, "num_attention_heads": 2, "num_hidden_layers": 1} | options
             model = DDLForCausalLM(DDLConfig(vocab_size=8, **shape)).bfloat16()
             tokens = torch.zeros(8, 1024, dtype=torch.long)
+            Launcher.num_tokens = tokens.numel()
             # The kernels' outputs hold anything; sums over it may be infinite
             model.model(tokens, use_cache=False).last_hidden_state.sum().backward()
+            Launcher.num_tokens = 1
+            with torch.no_grad():
+                model.model(tokens[:1, :1], use_cache=False)
 
 
 if __name__ == "__main__":

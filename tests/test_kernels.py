@@ -335,7 +335,7 @@ NAMES = ["state", "context", "target", "gate"] + [
     [(1.0, 0.7), (1e4, 0.7), (1e-6, 0.7), (0.0, 0.7), (1.0, 0.0), (1.0, 2.0), (1.0, 1e-7)],
     ids=["ordinary", "huge-direction", "tiny-direction", "zero-direction", "gate-0", "gate-2", "gate-nearly-0"],
 )
-@pytest.mark.parametrize("shape", [(1, 1, 8), (5, 4, 33), (3, 3, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 8), (5, 4, 33), (3, 3, 130), (129, 2, 8)], ids=str)
 def test_boundary_at_extremes(shape, direction_scale, gate_value):
     torch.manual_seed(0)
     tokens, n, d = shape
@@ -735,13 +735,13 @@ def test_resident_programs(num_warps, programs):
 
 
 def test_kernels_for_hopper():
-    """All programs of a kernel run at the same time, and keep what they sum in registers; boundaries ask for the next token."""
+    """All programs of a kernel run at the same time, without spilling registers; boundaries ask for the next token."""
     from hopper import H200
 
     from transformers_ddl.ops_triton_ddl import programs_per_multiprocessor
 
     scalar = {"num_value_channels": 1, "hidden_size": 768, "num_hidden_layers": 3}
-    options = [scalar, {"compressor": "token"}]
+    options = [scalar, {"hidden_size": 768}, {"compressor": "token"}]
     process = subprocess.run(
         [sys.executable, Path(__file__).with_name("hopper.py"), json.dumps(options)],
         env=os.environ | {"TRITON_INTERPRET": "0"},
@@ -755,6 +755,7 @@ def test_kernels_for_hopper():
     assert {"convolution_forward", "convolution_backward_state", "convolution_backward_mixing"} < names
     for launch in launches:
         resident = H200.multi_processor_count * programs_per_multiprocessor(launch["registers"], launch["warps"], H200)
-        assert launch["stack"] == 0 and 0.8 * resident < math.prod(launch["grid"]) <= resident, launch
+        is_full = 0.8 * resident < math.prod(launch["grid"]) <= resident
+        assert launch["stack"] == 0 and (is_full or launch["num_tokens"] == 1), launch
         has_all_features = not re.match("expansion|convolution_backward_mixing", launch["kernel"])
         assert bool(launch["prefetches"]) == has_all_features, launch

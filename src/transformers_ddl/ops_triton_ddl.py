@@ -292,14 +292,7 @@ def write_forward(
     HAS_AMPLITUDE: tl.constexpr,
 ):
     """`X + k̃ wᵀ`; stores Xᵀk, w and 1/‖k̃‖."""
-    # All that is loaded comes before what is waited for
     direction = load_vectors(direction_ptr + token * D, 1, D, BLOCK_D, NUM_BLOCKS)
-    if HAS_GATE:
-        target, gate = load_scalars(target_ptr + token * N, N), tl.load(gate_ptr + token)
-    if HAS_KEEP:
-        keep = load_scalars(keep_ptr, N)
-    if HAS_AMPLITUDE:
-        amplitude = load_scalars(amplitude_ptr, N)
     terms = multiply(direction, direction, 1, NUM_BLOCKS)
     if ERASE:
         terms = terms + multiply(state, direction, N, NUM_BLOCKS)
@@ -309,13 +302,17 @@ def write_forward(
     for j in tl.static_range(N):
         weight = 0.0
         if HAS_GATE:
-            error = target[j]
+            error = tl.load(target_ptr + token * N + j)
             if ERASE:
                 readout = sums[1 + j] * inv_key_norm
                 tl.store(readout_ptr + token * N + j, readout)
-                error -= (1.0 - keep[j]) * readout if HAS_KEEP else readout
-            weight = gate * error * inv_key_norm
-        write = write + (weight + amplitude[j] if HAS_AMPLITUDE else weight,)
+                if HAS_KEEP:
+                    readout *= 1.0 - tl.load(keep_ptr + j).to(tl.float32)
+                error -= readout
+            weight = tl.load(gate_ptr + token) * error * inv_key_norm
+        if HAS_AMPLITUDE:
+            weight += tl.load(amplitude_ptr + j).to(tl.float32)
+        write = write + (weight,)
     store_scalars(write_ptr + token * N, write, N)
     tl.store(inv_key_norm_ptr + token, inv_key_norm)
     return add_multiples(state, write, direction, N, NUM_BLOCKS)
@@ -326,7 +323,6 @@ def load_parameters(
     mixing_ptr,
     norm_weight_ptr,
     value_weight_ptr,
-    value_bias_ptr,
     gate_weight_ptr,
     gate_bias_ptr,
     D: tl.constexpr,
@@ -336,23 +332,22 @@ def load_parameters(
     NUM_BLOCKS: tl.constexpr,
     HAS_MIXING: tl.constexpr,
     HAS_HEADS: tl.constexpr,
-    HAS_VALUE_BIAS: tl.constexpr,
     VALUE_ACTIVATION: tl.constexpr,
 ):
-    """g, C, w_b, b_b, W_v and b_v, zero where there are none."""
+    """g, C, w_b, b_b and W_v; empty or zero where there are none."""
     norm_weight = load_vectors(norm_weight_ptr, 1, D, BLOCK_D, NUM_BLOCKS)
     mixing = load_vectors(mixing_ptr, N, D, BLOCK_D, NUM_BLOCKS) if HAS_MIXING else ()
-    gate_weight, gate_bias, value_weight, value_bias = (), 0.0, (), ()
+    gate_weight, gate_bias, value_weight = (), 0.0, ()
     if HAS_HEADS:
         gate_weight = load_vectors(gate_weight_ptr, 1, D, BLOCK_D, NUM_BLOCKS)
         gate_bias = tl.load(gate_bias_ptr).to(tl.float32)
         if VALUE_ACTIVATION != 2:
             value_weight = load_vectors(value_weight_ptr, NUM_VALUES, D, BLOCK_D, NUM_BLOCKS)
-            value_bias = load_scalars(value_bias_ptr, NUM_VALUES) if HAS_VALUE_BIAS else ()
-    return norm_weight, mixing, gate_weight, gate_bias, value_weight, value_bias
+    return norm_weight, mixing, gate_weight, gate_bias, value_weight
 
 
-@triton.jit
+# For a single token, too, there is a loop: the compiler moves no loads into it, to where they are used
+@triton.jit(do_not_specialize=["num_tokens"])
 def boundary_forward_kernel(
     state_ptr,
     direction_ptr,
@@ -396,11 +391,13 @@ def boundary_forward_kernel(
     VALUE_ACTIVATION: tl.constexpr,  # 0 identity, 1 sigmoid, 2 constant
     PRELOAD: tl.constexpr,
 ):
-    if PRELOAD:  # one token for each program: there are registers for the parameters, which no token before has brought into the cache
+    # For single tokens, which wait for the memory rather than for registers, and whose parameters are in no cache
+    if PRELOAD:
         parameters = load_parameters(
-            mixing_ptr, norm_weight_ptr, value_weight_ptr, value_bias_ptr, gate_weight_ptr, gate_bias_ptr,
-            D, N, NUM_VALUES, BLOCK_D, NUM_BLOCKS, HAS_MIXING, HAS_HEADS, HAS_VALUE_BIAS, VALUE_ACTIVATION,
+            mixing_ptr, norm_weight_ptr, value_weight_ptr, gate_weight_ptr, gate_bias_ptr,
+            D, N, NUM_VALUES, BLOCK_D, NUM_BLOCKS, HAS_MIXING, HAS_HEADS, VALUE_ACTIVATION,
         )  # fmt: skip
+        value_bias = load_scalars(value_bias_ptr, NUM_VALUES) if HAS_VALUE_BIAS else ()
     # An int64 index makes offsets int64
     for token in range(tl.program_id(0).to(tl.int64), num_tokens, tl.num_programs(0)):
         next_token = tl.minimum(token + tl.num_programs(0), num_tokens - 1)
@@ -438,10 +435,10 @@ def boundary_forward_kernel(
 
         if not PRELOAD:
             parameters = load_parameters(
-                mixing_ptr, norm_weight_ptr, value_weight_ptr, value_bias_ptr, gate_weight_ptr, gate_bias_ptr,
-                D, N, NUM_VALUES, BLOCK_D, NUM_BLOCKS, HAS_MIXING, HAS_HEADS, HAS_VALUE_BIAS, VALUE_ACTIVATION,
+                mixing_ptr, norm_weight_ptr, value_weight_ptr, gate_weight_ptr, gate_bias_ptr,
+                D, N, NUM_VALUES, BLOCK_D, NUM_BLOCKS, HAS_MIXING, HAS_HEADS, VALUE_ACTIVATION,
             )  # fmt: skip
-        norm_weight, mixing, gate_weight, gate_bias, value_weight, value_bias = parameters
+        norm_weight, mixing, gate_weight, gate_bias, value_weight = parameters
 
         hidden = sum_of_products(state, mixing, N, NUM_BLOCKS) if HAS_MIXING else state
         # c = x · rstd ∘ g, so that the maps of c can be summed before rstd is known
@@ -463,6 +460,8 @@ def boundary_forward_kernel(
             gate_logit = sums[1] * rstd + gate_bias
             tl.store(new_gate_ptr + token, 2.0 * tl.sigmoid(gate_logit))
             if VALUE_ACTIVATION != 2:
+                if HAS_VALUE_BIAS and not PRELOAD:
+                    value_bias = load_scalars(value_bias_ptr, NUM_VALUES)
                 for j in tl.static_range(NUM_VALUES):
                     value = sums[2 + j] * rstd if VALUE_FROM_CONTEXT else sums[2 + j]
                     if HAS_VALUE_BIAS:
@@ -891,8 +890,8 @@ def boundary_op(
             VALUE_FROM_CONTEXT=value_from_context, VALUE_ACTIVATION=value_activation,
             **launch_sizes(state, num_values, backward=False),
         )  # fmt: skip
-        # Not what `resident_programs` says: that depends on this
-        options["PRELOAD"] = state.shape[0] <= 128
+        # Resident programs, 132 or more on an H200, depend on it. For 16 warps there are no registers for the parameters
+        options["PRELOAD"] = state.shape[0] <= 128 and options["num_warps"] <= 8
         num_programs = resident_programs(boundary_forward_kernel, *args, **options)
         boundary_forward_kernel[min(num_programs, state.shape[0]),](*args, **options)
     return outputs

@@ -15,7 +15,8 @@
 Tokens per second of `generate` (greedy, static cache, bf16), compiled with CUDA graphs on a GPU as Transformers does it there by
 itself: of whole steps, and of the forward pass alone (the inputs' preparation included, choosing the token not), which is what
 models differ in. Ratios are to the first model of the run. At every token, compiled models check that each of their modules and parameters is
-what it was when they were compiled, unless `--skip_guards` says that nothing will change (docs/serving.md).
+what it was when they were compiled, unless `--skip_guards` says that nothing will change (docs/serving.md). A busy host changes results by
+a third from one minute to the next: models take turns for so many `--rounds`, of whose times the medians are taken.
 
     python benchmarks/decode.py --output outputs/decode.json
     python benchmarks/decode.py --size toy --batch_sizes 1 3 --new_tokens 24     # on a CPU
@@ -80,7 +81,7 @@ def generate(model: PreTrainedModel, batch_size: int, new_tokens: int, compile_c
 
 
 def measure(name: str, args: argparse.Namespace) -> list[dict]:
-    """Median tokens per second for each batch size."""
+    """Median times of a step and of a forward pass for each batch size."""
     model, results = build_in_bf16(name, args.size), []
     compile_config = CompileConfig(fullgraph=True)  # CUDA graphs by default
     if args.skip_guards:
@@ -102,11 +103,18 @@ def measure(name: str, args: argparse.Namespace) -> list[dict]:
                 "compiled": hasattr(model, "_compiled_call"),
                 "step_ms": 1000 * statistics.median(steps),
                 "forward_ms": 1000 * statistics.median(forwards),
-                "tokens_per_second": batch_size / statistics.median(steps),
-                "forward_tokens_per_second": batch_size / statistics.median(forwards),
             }
         )
     return results
+
+
+def summarize(rounds: list[dict]) -> dict:
+    """Of one model's rounds with one batch size."""
+    times = {name: [result[name] for result in rounds] for name in ("step_ms", "forward_ms")}
+    summary = rounds[0] | {name: statistics.median(values) for name, values in times.items()}
+    summary["tokens_per_second"] = 1000 * summary["batch_size"] / summary["step_ms"]
+    summary["forward_tokens_per_second"] = 1000 * summary["batch_size"] / summary["forward_ms"]
+    return summary | {"rounds": times}
 
 
 def main():
@@ -116,16 +124,20 @@ def main():
     parser.add_argument("--size", default="small", choices=list(SIZES))
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 64])
     parser.add_argument("--new_tokens", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
     skip_help = "by `torch.compiler.skip_guard_on_all_nn_modules_unsafe`"
     parser.add_argument("--skip_guards", action="store_true", help=skip_help)
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds: {args.rounds}; allowed: at least 1")
 
-    results = []
-    for name in args.models:
-        results += measure(name, args)
+    rounds = {(batch_size, name): [] for batch_size in args.batch_sizes for name in args.models}
+    for name in args.rounds * args.models:
+        for result in measure(name, args):
+            rounds[result["batch_size"], name].append(result)
         free_memory()
-    results.sort(key=lambda result: result["batch_size"])
+    results = [summarize(each) for each in rounds.values()]
     add_ratios(results, "forward_tokens_per_second", within=("batch_size",))
     for result in results:
         result["forward_ratio"] = result["ratio"]

@@ -194,7 +194,8 @@ def main():
         metavar="PARALLELISM/SIZE",
     )
     parser.add_argument("--eager", action="store_true", help="train without torch.compile")
-    parser.add_argument("--bucket_cap_mb", type=int, default=25, help="size of what DDP exchanges at a time")
+    bucket_help = "size of what DDP exchanges at a time; by default, that of configs/paper.yaml"
+    parser.add_argument("--bucket_cap_mb", type=int, default=200, help=bucket_help)
     whole_programs_help = "do not cut what is compiled into one program per exchange of DDP"
     parser.add_argument("--whole_programs", action="store_true", help=whole_programs_help)
     parser.add_argument("--steps", type=int, default=10)

@@ -21,6 +21,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
 
@@ -376,14 +377,51 @@ def test_operator_registrations():
     maps = [torch.randn(*shape, device=DEVICE) for shape in ((2, 16), (16,), (2, 16), (2,), (16,), (1,))]
     args = (state, *per_token, None, None, *maps, state.detach(), [], 1e-5, 1e-5, 2, 4.0, 1, False, True, True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(boundary_op, args, test_utils=checks)
+    torch.library.opcheck(boundary_op.custom_op, args, test_utils=checks)
 
     mixing = torch.randn(4, 2, 16, device=DEVICE, requires_grad=True)
     for positions in ((None, None), walk(None, torch.tensor([[0, 1, 1]], device=DEVICE))):
         args = (state, *per_token, None, None, mixing, *positions, state.detach(), [], 3, 1e-5, True, True)
-        torch.library.opcheck(convolution_op, args, test_utils=checks)
+        torch.library.opcheck(convolution_op.custom_op, args, test_utils=checks)
         args = (per_token[0], mixing, *positions, 3, torch.bfloat16)
-        torch.library.opcheck(expansion_op, args, test_utils=checks)
+        torch.library.opcheck(expansion_op.custom_op, args, test_utils=checks)
+
+
+class Operators(TorchDispatchMode):
+    """Writes down what it sees, of which a kernel launched by Python is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{"num_value_channels": 1}, {"num_value_channels": 2}, TWO_TOKENS], ids=str)
+def test_eager_execution_and_operators(options, monkeypatch):
+    """Eager execution takes a short cut past the operators that modes of dispatch see: with the same results and gradients."""
+    torch.manual_seed(0)
+    model = randomise(DDLForCausalLM(tiny_config(**options))).to(DEVICE).train()
+    tokens = torch.randint(0, model.config.vocab_size, (2, 3), device=DEVICE)
+    with Operators() as operators:
+        expected = run(model, tokens, monkeypatch, "1")
+    names = [name for name in operators.names if name.startswith("transformers_ddl::")]
+    num_boundaries = 2 * model.config.num_hidden_layers + 1
+    assert names.count("transformers_ddl::boundary") == num_boundaries, names
+    assert names.count("transformers_ddl::boundary_backward") == num_boundaries, names
+    for name, actual in run(model, tokens, monkeypatch, "1").items():
+        assert torch.equal(actual, expected[name]), name
+
+
+def test_second_derivatives_are_refused():
+    model = randomise(DDLForCausalLM(tiny_config())).to(DEVICE)
+    tokens = torch.randint(0, model.config.vocab_size, (2, 3), device=DEVICE)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    (gradient,) = torch.autograd.grad(model(tokens, labels=tokens).loss, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="boundary_backward"):
+        torch.autograd.grad(gradient.sum(), weight)
 
 
 @pytest.mark.parametrize("options", [{"num_value_channels": 1}, {"num_value_channels": 2}, TWO_TOKENS], ids=str)

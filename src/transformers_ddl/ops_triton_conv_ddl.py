@@ -28,13 +28,12 @@ import torch
 from transformers.utils.import_utils import is_triton_available
 
 from .ops_triton_ddl import (
-    NAMESPACE,
     add,
     add_products,
     load_scalars,
     load_vectors,
     load_write_scalars,
-    on_its_device,
+    operation,
     prefetch,
     rebuild_state,
     replay,
@@ -503,9 +502,9 @@ def expansion_backward_kernel(
 
 def launch_sizes(state: torch.Tensor, kernel_size: int) -> dict[str, int]:
     """Compile-time sizes of programs that have all features of a token, which keep (n + K) d numbers in registers."""
-    _, n, d = state.shape
+    n, d = state.shape[1:]
     num_warps = min(max(4, triton.next_power_of_2(triton.cdiv((n + kernel_size) * d, 1536))), 16)
-    return {**vector_sizes(state, largest_block=128 * num_warps), "KERNEL_SIZE": kernel_size, "num_warps": num_warps}
+    return {**vector_sizes(n, d, largest_block=128 * num_warps), "KERNEL_SIZE": kernel_size, "num_warps": num_warps}
 
 
 def block_launch_sizes(state: torch.Tensor, kernel_size: int) -> tuple[int, dict[str, int]]:
@@ -513,7 +512,7 @@ def block_launch_sizes(state: torch.Tensor, kernel_size: int) -> tuple[int, dict
     Number of blocks of features, and compile-time sizes of programs that have one, which keep K n numbers for each feature in
     registers: at most 64.
     """
-    sizes = vector_sizes(state, largest_block=256)
+    sizes = vector_sizes(*state.shape[1:], largest_block=256)
     num_blocks = sizes.pop("NUM_BLOCKS")
     num_warps = min(max(2, triton.next_power_of_2(kernel_size * state.shape[1] * sizes["BLOCK_D"] // 2048)), 32)
     return num_blocks, {**sizes, "KERNEL_SIZE": kernel_size, "num_warps": num_warps}
@@ -531,8 +530,7 @@ def chunks(num_tokens: int, kernel: Callable, *args, num_blocks: int = 1, **opti
 # is, and what is read together: positions of the same segment, unless negative.
 
 
-@torch.library.custom_op(f"{NAMESPACE}::convolution", mutates_args=())
-@on_its_device
+@operation("convolution")
 def convolution_op(
     state: torch.Tensor,
     direction: torch.Tensor | None,
@@ -586,8 +584,7 @@ def _(state, direction, *args):
     return convolution_outputs(state, direction, begins_sublayer=args[-1])
 
 
-@torch.library.custom_op(f"{NAMESPACE}::convolution_backward", mutates_args=())
-@on_its_device
+@operation("convolution_backward")
 def convolution_backward_op(
     snapshot: torch.Tensor,
     replays: list[torch.Tensor],
@@ -710,8 +707,7 @@ def backward(ctx, grads):
 convolution_op.register_autograd(backward, setup_context=setup_context)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::expansion", mutates_args=())
-@on_its_device
+@operation("expansion")
 def expansion_op(
     embeddings: torch.Tensor,
     mixing: torch.Tensor,
@@ -737,8 +733,7 @@ def _(embeddings, mixing, order, segment, seq_length, dtype):
     return embeddings.new_empty(embeddings.shape[0], *mixing.shape[1:], dtype=dtype)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::expansion_backward", mutates_args=())
-@on_its_device
+@operation("expansion_backward")
 def expansion_backward_op(
     embeddings: torch.Tensor,
     mixing: torch.Tensor,

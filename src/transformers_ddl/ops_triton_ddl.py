@@ -762,18 +762,17 @@ def boundary_backward_kernel(
 VALUE_ACTIVATIONS = {None: 0, "sigmoid": 1, "constant": 2}
 
 
-def vector_sizes(state: torch.Tensor, largest_block: int = 512) -> dict[str, int]:
-    """Compile-time sizes for `state` `[tokens, n, d]`."""
-    _, n, d = state.shape
+def vector_sizes(n: int, d: int, largest_block: int = 512) -> dict[str, int]:
+    """Compile-time sizes for a state `[tokens, n, d]`."""
     # The largest block that wastes least
     blocks = (2**i for i in range(7, largest_block.bit_length()))
     block_d = min(blocks, key=lambda block: (triton.cdiv(d, block) * block, -block))
     return {"D": d, "N": n, "BLOCK_D": block_d, "NUM_BLOCKS": triton.cdiv(d, block_d)}
 
 
-def launch_sizes(state: torch.Tensor, num_values: int, backward: bool) -> dict[str, int]:
-    """Compile-time sizes for `state` `[tokens, n, d]`, as measured best on an H200 (`benchmarks/NOTES.md`)."""
-    _, n, d = state.shape
+@functools.cache
+def launch_sizes(n: int, d: int, num_values: int, backward: bool) -> dict[str, int]:
+    """Compile-time sizes for a state `[tokens, n, d]`, as measured best on an H200 (`benchmarks/NOTES.md`)."""
     options = {}
     if backward:
         # Each program keeps the sums of the parameters' gradients in registers: at most 80 of a thread
@@ -784,7 +783,7 @@ def launch_sizes(state: torch.Tensor, num_values: int, backward: bool) -> dict[s
             options["maxnreg"] = 168
     else:
         num_warps = max(2, triton.next_power_of_2(triton.cdiv(n * d, 1536)))
-    return {**vector_sizes(state), "NUM_VALUES": num_values, "num_warps": min(num_warps, 32), **options}
+    return {**vector_sizes(n, d), "NUM_VALUES": num_values, "num_warps": min(num_warps, 32), **options}
 
 
 def programs_per_multiprocessor(num_registers: int, num_warps: int, gpu) -> int:
@@ -826,15 +825,63 @@ def resident_programs(kernel: Callable, *args, **sizes) -> int:
     return _resident_programs[key]
 
 
-def on_its_device(operation: Callable) -> Callable:
-    """The operation on the device of its first argument: Triton launches on the current one, which may be another GPU."""
+def on_its_device(function: Callable) -> Callable:
+    """The function on the device of its first argument: Triton launches on the current one, which may be another GPU."""
 
-    @functools.wraps(operation)
+    @functools.wraps(function)
     def launch(tensor: torch.Tensor, *args):
         with torch.cuda.device_of(tensor):
-            return operation(tensor, *args)
+            return function(tensor, *args)
 
     return launch
+
+
+class Operation:
+    """
+    A function that launches kernels as an operation of torch, `custom_op`, which is what programs see. Torch looks at each of
+    its arguments several times, which takes longer than all else (`benchmarks/NOTES.md`). In eager execution, the
+    function itself is called instead, and differentiated by an autograd function.
+    """
+
+    def __init__(self, function: Callable, name: str):
+        self.launch = on_its_device(function)
+        self.custom_op = torch.library.custom_op(f"{NAMESPACE}::{name}", self.launch, mutates_args=())
+        self.launch_with_gradients = self.custom_op  # which raises an error if it is to be differentiated
+        self.register_fake = self.custom_op.register_fake
+
+    def register_autograd(self, backward: Callable, setup_context: Callable):
+        """As `torch.library.register_autograd`."""
+        self.custom_op.register_autograd(backward, setup_context=setup_context)
+        launch, returns_list = self.launch, self.launch.__annotations__["return"] == list[torch.Tensor]
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *args):
+                outputs = launch(*args)
+                setup_context(ctx, args, outputs)
+                return tuple(outputs) if returns_list else outputs
+
+            @staticmethod
+            def backward(ctx, *grads):
+                grads = backward(ctx, grads) if returns_list else backward(ctx, *grads)
+                return tuple(None if isinstance(grad, list) else grad for grad in grads)
+
+        self.launch_with_gradients = Function.apply
+
+    def __call__(self, *args):
+        # Compilers, modes of dispatch, `torch.func` and subclasses of tensors want to see an operation
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+            return self.custom_op(*args)
+        if torch._C._are_functorch_transforms_active():
+            return self.custom_op(*args)
+        if any(isinstance(arg, torch.Tensor) and type(arg) not in (torch.Tensor, torch.nn.Parameter) for arg in args):
+            return self.custom_op(*args)
+        return self.launch_with_gradients(*args) if torch.is_grad_enabled() else self.launch(*args)
+
+
+def operation(name: str) -> Callable[[Callable], Operation]:
+    """Makes an `Operation` of the function that is decorated."""
+    return functools.partial(Operation, name=name)
 
 
 # Every operation takes tokens in one dimension: state `[tokens, n, d]`, direction and context `[tokens, d]`, target
@@ -844,8 +891,7 @@ def on_its_device(operation: Callable) -> Callable:
 # `snapshot`, an earlier state, and `replays`, direction and w of each write since.
 
 
-@torch.library.custom_op(f"{NAMESPACE}::boundary", mutates_args=())
-@on_its_device
+@operation("boundary")
 def boundary_op(
     state: torch.Tensor,
     direction: torch.Tensor | None,
@@ -888,7 +934,7 @@ def boundary_op(
             STORE_STATE=begins_sublayer, HAS_MIXING=mixing is not None,
             HAS_HEADS=gate_weight is not None, HAS_VALUE_BIAS=value_bias is not None,
             VALUE_FROM_CONTEXT=value_from_context, VALUE_ACTIVATION=value_activation,
-            **launch_sizes(state, num_values, backward=False),
+            **launch_sizes(*state.shape[1:], num_values, backward=False),
         )  # fmt: skip
         # Resident programs, 132 or more on an H200, depend on it. For 16 warps there are no registers for the parameters
         options["PRELOAD"] = state.shape[0] <= 128 and options["num_warps"] <= 8
@@ -925,8 +971,7 @@ def _(state, direction, *args):
     return boundary_outputs(state, direction, gate_weight, num_values, begins_sublayer)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::boundary_backward", mutates_args=())
-@on_its_device
+@operation("boundary_backward")
 def boundary_backward_op(
     snapshot: torch.Tensor,
     replays: list[torch.Tensor],
@@ -975,7 +1020,7 @@ def boundary_backward_op(
         HAS_GATE=gate is not None, ERASE=erase, HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None,
         HAS_MIXING=mixing is not None, HAS_HEADS=gate_weight is not None,
         VALUE_FROM_CONTEXT=value_from_context, VALUE_ACTIVATION=value_activation,
-        **launch_sizes(snapshot, num_values, backward=True),
+        **launch_sizes(n, d, num_values, backward=True),
     )  # fmt: skip
     sizes = num_tokens, value_scale
     num_programs = resident_programs(boundary_backward_kernel, *args, grad_rows, grad_scalars, *sizes, **options)

@@ -232,6 +232,7 @@ def test_refuses_values_out_of_range(name, value):
 
 
 CONTRADICTIONS = [
+    ({"residual_type": "additive", "gate_hidden_size": 64}, "gate_hidden_size must be None.*'additive'.*64"),
     ({"num_value_channels": 1, "compressor": "channel"}, "compressor must be None.*'channel'"),
     ({"num_value_channels": 1, "compressor_kernel_size": 1}, "compressor_kernel_size must be None.*1"),
     ({"num_value_channels": 1, "share_compressor": True}, "share_compressor must be None.*True"),

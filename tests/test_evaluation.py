@@ -239,6 +239,7 @@ def test_command_on_text(tokenizer, workplace, capsys):
         (["--tasks", "opposites", "--limit", "0"], "--limit: must be at least 1, got 0"),
         (["--text", "setup.cfg", "--output", "missing/results.json"], "--output: no folder 'missing'"),
         (["--text", "setup.cfg", "--output", "tests"], "--output: 'tests' is a folder"),
+        (["--text", "setup.cfg", "--output", "/proc/results.json"], "--output: cannot write '/proc/results.json'"),
     ],
 )
 def test_unusable_input_of_the_command(options, message, workplace, only_local_tasks, capsys):

@@ -167,7 +167,7 @@ def test_model_follows_a_format_that_it_could_not_follow_before(workplace):
 def test_results_against_a_computation_of_their_own(workplace):
     tokenizer = AutoTokenizer.from_pretrained("chat")
     model = AutoModelForCausalLM.from_pretrained("chat").eval()
-    losses = []
+    losses, hits = [], []
     for row in read_examples(ExampleArguments(**SFT["data"])).held_out:
         prompt, answer = row["messages"]
         prompt = tokenizer.apply_chat_template([prompt], add_generation_prompt=True, tokenize=False)
@@ -175,11 +175,46 @@ def test_results_against_a_computation_of_their_own(workplace):
         answer = tokenizer(answer["content"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
         with torch.no_grad():
             logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none"))
+        hits.append(logits.argmax(-1) == torch.tensor(answer))
     results = json.loads(Path("chat/eval_results.json").read_text())
-    # A mean over batches of 8 examples, all with equally many tokens but for a few
-    assert results["eval_loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=0.05)
+    assert results["eval_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+    assert results["eval_token_accuracy"] == pytest.approx(torch.cat(hits).float().mean().item())
     assert results["perplexity"] == pytest.approx(torch.tensor(results["eval_loss"]).exp().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [(), ("--training.packing", "true", "--training.eval_packing", "true")], ids=str)
+def test_results_do_not_depend_on_the_batches_of_evaluation(options, workplace):
+    answers = [f"({animal}) " * (index % 5 + 1) for index, animal in enumerate(2 * ANIMALS)]
+    write_json_lines("answers.jsonl", [{"prompt": "the animal", "completion": answer} for answer in answers])
+    options += ("--data.source", "answers.jsonl", "--training.assistant_only_loss", "false")
+    results = []
+    for batch_size in ("1", "3", "8"):
+        trainer = make_trainer("--training.per_device_eval_batch_size", batch_size, *options)
+        torch.manual_seed(0)
+        for parameter in trainer.model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        metrics = trainer.evaluate()
+        results.append([metrics["eval_loss"], metrics["eval_token_accuracy"]])
+    assert results[1] == pytest.approx(results[0], rel=1e-5) and results[2] == pytest.approx(results[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
+def test_trains_in_float32_whatever_is_stored(stored, workplace):
+    """In bfloat16, small steps of an optimizer would be rounded away; what is frozen beside adapters may stay in it."""
+    base = AutoModelForCausalLM.from_pretrained("base", dtype=stored)
+    base.save_pretrained("stored")
+    shutil.copy("base/tokenizer.json", "stored")
+    shutil.copy("base/tokenizer_config.json", "stored")
+    model = ("--model.name", "stored")
+    assert {parameter.dtype for parameter in make_trainer(*model).model.parameters()} == {torch.float32}
+    model_with_adapters = make_trainer(*model, *LORA).model
+    for parameter in model_with_adapters.parameters():
+        assert parameter.dtype == torch.float32 or not parameter.requires_grad
+    assert model_with_adapters.get_base_model().model.embed_tokens.weight.dtype == stored
+    chosen = make_trainer(*model, "--model.dtype", "bfloat16").model
+    assert chosen.model.embed_tokens.weight.dtype == torch.bfloat16
+    shutil.rmtree("stored")
 
 
 def gates(checkpoint):
@@ -511,7 +546,7 @@ def test_counts_and_card(workplace):
     results = json.loads(Path("chat/eval_results.json").read_text())
     card = ModelCard.load("chat/README.md")
     metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
-    assert metrics["mean_token_accuracy"] == results["eval_mean_token_accuracy"]
+    assert metrics["token_accuracy"] == results["eval_token_accuracy"]
     assert "`base`, fine-tuned on chats.jsonl with `SFTTrainer`." in card.text
 
 

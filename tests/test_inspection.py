@@ -22,7 +22,7 @@ import pytest
 import reference
 import torch
 from conftest import random_tokens, tiny_model
-from transformers import TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
 from transformers_ddl.cli import main
 from transformers_ddl.delta_stats import QUANTITIES, effective_rank, record_delta_stats
@@ -381,14 +381,17 @@ def test_first_tokens_only(tokenizer, workplace, capsys):
         (["model", "--text", "text.txt", "--max-tokens", "0"], "--max-tokens: must be at least 1, got 0"),
         (["model", "--text", "text.txt", "--output", "text.txt"], "--output: cannot make 'text.txt'"),
         (["nowhere", "--text", "text.txt"], "model: cannot load 'nowhere'"),
-        (["additive", "--text", "text.txt"], "model: residual_type 'additive' has no gates"),
+        (["additive", "--text", "text.txt"], "model: ddl with residual_type 'additive' has no gates"),
+        (["llama", "--text", "text.txt"], "model: llama with residual_type None has no gates"),
     ],
 )
 def test_unusable_input(options, message, tokenizer, workplace, capsys):
     (workplace / "empty.txt").touch()
-    save(
-        "additive" if options[0] == "additive" else "cc", tokenizer, workplace / options[0].replace("nowhere", "here")
-    )
+    folder = workplace / options[0].replace("nowhere", "here")
+    save("additive" if options[0] == "additive" else "cc", tokenizer, folder)
+    if options[0] == "llama":
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
     assert main(["inspect", *options]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error

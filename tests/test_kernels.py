@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -85,6 +85,20 @@ def run(model, tokens, monkeypatch, kernels, **kwargs):
     return {kind: torch.cat([value.detach().flatten() for value in values]) for kind, values in results.items()}
 
 
+def run_and_count(model, *args, **kwargs):
+    """As `run`, of a model that is not compiled; kernels must have stood in for all that they can, or nothing."""
+    with (
+        patch("transformers_ddl.modeling_ddl.fused_boundary", wraps=ops_ddl.fused_boundary) as boundary,
+        patch("transformers_ddl.modeling_ddl.fused_expansion", wraps=ops_ddl.fused_expansion) as expansion,
+    ):
+        results = run(model, *args, **kwargs)
+    _, _, kernels = args
+    num_boundaries, num_expansions = 2 * model.config.num_hidden_layers + 1, int(model.config.embedding_conv)
+    expected = (num_boundaries, num_expansions) if kernels == "1" else (0, 0)
+    assert (boundary.call_count, expansion.call_count) == expected
+    return results
+
+
 def relative_error(value, reference):
     return ((value.double() - reference.double()).norm() / reference.double().norm()).item()
 
@@ -104,7 +118,7 @@ def test_model_with_kernels_is_as_exact_as_without(options, dtype, monkeypatch):
         model = randomise(DDLForCausalLM(config), seed).to(DEVICE)
         tokens = torch.randint(0, config.vocab_size, (1, 4), device=DEVICE)
         for path, kernels, its_dtype in (("exact", "0", torch.float64), ("plain", "0", dtype), ("fused", "1", dtype)):
-            values = run(copy.deepcopy(model).to(its_dtype), tokens, monkeypatch, kernels)
+            values = run_and_count(copy.deepcopy(model).to(its_dtype), tokens, monkeypatch, kernels)
             for name, value in values.items():
                 results[path].setdefault(name, []).append(value)
     exact, plain, fused = (
@@ -131,9 +145,9 @@ def test_token_convolutions_of_padded_and_packed_batches(layout, monkeypatch):
     model = randomise(DDLForCausalLM(tiny_config(**TWO_TOKENS))).to(DEVICE)
     tokens = torch.randint(0, model.config.vocab_size, (2, 7), device=DEVICE)
     layout = {name: value.to(DEVICE) for name, value in layout.items()}
-    exact = run(copy.deepcopy(model).double(), tokens, monkeypatch, "0", **layout)
-    plain = run(model, tokens, monkeypatch, "0", **layout)
-    fused = run(model, tokens, monkeypatch, "1", **layout)
+    exact = run_and_count(copy.deepcopy(model).double(), tokens, monkeypatch, "0", **layout)
+    plain = run_and_count(model, tokens, monkeypatch, "0", **layout)
+    fused = run_and_count(model, tokens, monkeypatch, "1", **layout)
     floor = 30 * torch.finfo(torch.float32).eps
     for name, reference in exact.items():
         error, plain_error = relative_error(fused[name], reference), relative_error(plain[name], reference)
@@ -583,7 +597,8 @@ def test_token_convolutions_with_past_inputs_need_the_pytorch_path():
     assert not can_fuse_expansion(model.config, embeddings, model.embedding_conv, cache)
 
 
-CHANGES = ["value_proj", "residual", "norm", "compressor", "offload", "quantise", "forward_pre_hook", "forward_hook"]
+HOOKS = ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"]
+CHANGES = ["value_proj", "residual", "norm", "compressor", "offload", "quantise", *HOOKS]
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -52,6 +52,9 @@ from transformers_ddl import (
 
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
+GATES = [(variant, None) for variant in VARIANTS]
+GATES += [(variant, 64) for variant in VARIANTS if tiny_config(variant).has_gates]
+gates = pytest.mark.parametrize(("variant", "gate_hidden_size"), GATES)
 
 
 def loss_and_gradients(model, tokens, **kwargs):
@@ -156,6 +159,17 @@ def test_autocast(variant):
     assert error / torch.cat([gradient.flatten() for gradient in expected_gradients.values()]).norm() < 0.2
 
 
+@variants
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_to_another_dtype_than_that_of_the_weights(variant, stored):
+    """Autocast promotes no mix of half-precision dtypes."""
+    model, tokens = tiny_model(variant).to(stored), random_tokens(2, 7)
+    with torch.autocast("cpu", torch.bfloat16 if stored == torch.float16 else torch.float16):
+        loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    assert loss.isfinite() and all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 # Heads
 
 
@@ -231,8 +245,7 @@ def assert_starting_point(model):
             assert not parameter.any(), name
 
 
-@variants
-@pytest.mark.parametrize("gate_hidden_size", [None, 64])
+@gates
 @pytest.mark.parametrize("gate_init", [0.2, 1.7])
 def test_default_initialisation(variant, gate_hidden_size, gate_init):
     options = {"gate_init": gate_init, "gate_hidden_size": gate_hidden_size, "initializer_range": 0.03}
@@ -264,8 +277,7 @@ def test_controls_start_as_additive_models(variant):
     assert relative_error(model(tokens).logits, additive(tokens).logits) < bound
 
 
-@variants
-@pytest.mark.parametrize("gate_hidden_size", [None, 64])
+@gates
 def test_authors_initialisation(variant, gate_hidden_size):
     """Embeddings N(0, 0.02), other matrices N(0, 0.5/√d), output projections N(0, 0.5/√d/√L)."""
     model = wide_model(variant, init_scheme="authors", gate_hidden_size=gate_hidden_size, gate_init=1.0)

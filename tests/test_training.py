@@ -276,6 +276,15 @@ def test_sampling_in_a_new_process(finished):
     assert re.search(r"=== '7 green'\n7 green.+\n\n=== '12'\n12.+", process.stdout, re.DOTALL)
 
 
+def test_sampling_from_an_empty_prompt(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished[0] / "out", tmp_path / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = None  # which puts a token in front
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert main(["generate", str(folder), ""]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: prompts: '' has no tokens")
+
+
 def test_sampling_from_nothing(tmp_path):
     process = run_script("generate.py", "missing/model", cwd=tmp_path)
     assert process.returncode == 2

@@ -134,7 +134,7 @@ class DDLConfig(LlamaConfig):
             `"default"`: matrices N(0, `initializer_range`), compressors start as the mean over channels of the
             current token. `"authors"`: embeddings N(0, 0.02), every other parameter with two or more dimensions
             N(0, 0.5/√d), output projections of attention and MLP divided by √L. In both, the gate starts at
-            `gate_init`, the read vectors at 1/n and the embedding convolution as repetition.
+            `gate_init`, the read vectors at 1/n, the embedding convolution as repetition and hyper-connections as they always do.
 
     Raises:
         `ValueError`: at construction, for a value out of range, contradictory settings or an unknown field; the message
@@ -378,6 +378,10 @@ class DDLConfig(LlamaConfig):
         if self.num_delta_steps > 1 and not self.has_gates:
             raise ValueError(
                 f"num_delta_steps must be 1 for residual_type={self.residual_type!r}, got {self.num_delta_steps}"
+            )
+        if self.gate_hidden_size is not None and not self.has_gates:
+            raise ValueError(
+                f"gate_hidden_size must be None for residual_type={self.residual_type!r}, got {self.gate_hidden_size}"
             )
         if self.reads_by_residual and self.compressor == "token":
             raise ValueError(

@@ -219,9 +219,10 @@ def record_delta_stats(model: PreTrainedModel) -> Iterator[DeltaStats]:
         `ValueError`: if the residual has no gates; by the forward pass, for an `attention_mask` with four dimensions.
     """
     config = model.config
-    if not config.has_gates:
+    if not getattr(config, "has_gates", False):
+        residual_type = getattr(config, "residual_type", None)
         raise ValueError(
-            f"residual_type {config.residual_type!r} has no gates to record; allowed: 'delta' and 'write_only'"
+            f"{config.model_type} with residual_type {residual_type!r} has no gates to record; allowed: 'delta' and 'write_only'"
         )
     stats, base = DeltaStats(config), model.base_model
     with ExitStack() as stack:
@@ -247,9 +248,11 @@ def gate_figures(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dic
     """
     was_training = model.training
     model.eval()
-    with torch.no_grad(), model.record_delta_stats() as stats:
-        model(**inputs, use_cache=False)
-    model.train(was_training)
+    try:
+        with torch.no_grad(), model.record_delta_stats() as stats:
+            model(**inputs, use_cache=False)
+    finally:
+        model.train(was_training)
     figures = {}
     for name in ("gate", "relative_step"):
         for (layer, sublayer), mean in np.ndenumerate(stats[name].mean((2, 3)).numpy()):

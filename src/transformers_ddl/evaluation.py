@@ -120,17 +120,19 @@ class BitsPerByte(evaluate.Metric):
         was_training = model.training
         model.eval()
         nats = 0.0
-        for start in range(0, len(windows), batch_size):
-            inputs, labels = zip(*windows[start : start + batch_size])
-            masks = [torch.ones_like(window) for window in inputs]
-            inputs, masks = (pad_sequence(rows, batch_first=True).to(model.device) for rows in (inputs, masks))
-            labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
-            logits = upcast(model(inputs, attention_mask=masks, use_cache=False).logits)
-            losses = cross_entropy(
-                logits.transpose(1, 2), labels.to(logits.device), reduction="none", ignore_index=IGNORE_INDEX
-            )
-            nats += losses.sum(dtype=torch.float64).item()
-        model.train(was_training)
+        try:
+            for start in range(0, len(windows), batch_size):
+                inputs, labels = zip(*windows[start : start + batch_size])
+                masks = [torch.ones_like(window) for window in inputs]
+                inputs, masks = (pad_sequence(rows, batch_first=True).to(model.device) for rows in (inputs, masks))
+                labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
+                logits = upcast(model(inputs, attention_mask=masks, use_cache=False).logits)
+                losses = cross_entropy(
+                    logits.transpose(1, 2), labels.to(logits.device), reduction="none", ignore_index=IGNORE_INDEX
+                )
+                nats += losses.sum(dtype=torch.float64).item()
+        finally:
+            model.train(was_training)
 
         num_bytes = sum(len(text.encode()) for text in predictions)
         return {
@@ -180,6 +182,14 @@ def main(arguments: list[str]):
         )
     if options.output and Path(options.output).is_dir():
         raise InputError(f"--output: {options.output!r} is a folder; allowed: a file")
+    if options.output:
+        try:
+            with Path(options.output).open("a") as file:
+                is_new = file.tell() == 0
+        except OSError as error:
+            raise InputError(f"--output: cannot write {options.output!r}: {error}") from error
+        if is_new:
+            Path(options.output).unlink()
     results = evaluate_text(options) if options.text else evaluate_tasks(options)
     if options.output:
         Path(options.output).write_text(json.dumps({"model": options.model, **results}, indent=2) + "\n")

@@ -37,7 +37,7 @@ from trl import SFTConfig, SFTTrainer, is_conversational
 from .cards import CardArguments, finetuned_card
 from .cli import InputError
 from .configuration_ddl import DDLConfig
-from .data import Corpus
+from .data import IGNORE_INDEX, Corpus
 from .examples import ExampleArguments, read_examples
 from .inputs import blaming
 from .modeling_ddl import DDLForCausalLM, DDLForSequenceClassification
@@ -51,9 +51,11 @@ from .training import (
     describe_costs,
     is_finished,
     load_base_model,
+    mean_loss,
     number_of_steps,
     set_vocabulary,
     settings_parser,
+    token_losses,
     train_and_evaluate,
     write_results,
 )
@@ -196,14 +198,17 @@ def prepare(run: FinetuningRun) -> tuple[ResumableTrainer, Corpus]:
 
 def measured(results: dict[str, float]) -> dict[str, float]:
     """Of the results, those about the model."""
-    names = ("eval_loss", "perplexity", "eval_mean_token_accuracy", "eval_accuracy", "commonest_label")
+    names = ("eval_loss", "perplexity", "eval_token_accuracy", "eval_accuracy", "commonest_label")
     return {name.removeprefix("eval_"): results[name] for name in names if name in results}
 
 
-def adapted(run: FinetuningRun, model: PreTrainedModel, task_type: str) -> PreTrainedModel | PeftModel:
-    """The model, or one around it whose adapters alone are trained."""
+def load_trained_model(
+    run: FinetuningRun, model_class: type[PreTrainedModel], task_type: str
+) -> PreTrainedModel | PeftModel:
+    """The model, or one around it, left in the dtype that it is stored in, whose adapters alone are trained, in float32."""
     if run.lora is None:
-        return model
+        return load_base_model(model_class, run.model)
+    model = load_base_model(model_class, run.model, dtype="auto")
     run.lora.task_type = task_type
     with blaming("lora"):
         return get_peft_model(model, run.lora)
@@ -212,11 +217,26 @@ def adapted(run: FinetuningRun, model: PreTrainedModel, task_type: str) -> PreTr
 class DDLSFTTrainer(ResumableTrainer, SFTTrainer): ...
 
 
+def token_losses_and_hits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`token_losses`], and which tokens are the likeliest; both `[batch, sequence - 1]`."""
+    return token_losses(logits, labels), logits[:, :-1].argmax(-1) == labels[:, 1:]
+
+
+def means_over_tokens(results: EvalPrediction) -> dict[str, float]:
+    """
+    The means of [`token_losses_and_hits`] over all predicted tokens, whatever the batches: TRL's are means of the
+    batches' means.
+    """
+    losses, hits = results.predictions
+    predicted = results.label_ids[:, 1:] != IGNORE_INDEX
+    return {"token_accuracy": hits[predicted].mean(), **mean_loss(EvalPrediction(losses, results.label_ids))}
+
+
 def sft_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> DDLSFTTrainer:
     """Trains to answer; the loss is over completions, and over the assistant's words alone if `assistant_only_loss` says so."""
     if tokenizer.chat_template is None and is_conversational(corpus.train[0]):
         tokenizer.chat_template = CHAT_TEMPLATE
-    model = adapted(run, load_base_model(DDLForCausalLM, run.model), "CAUSAL_LM")
+    model = load_trained_model(run, DDLForCausalLM, "CAUSAL_LM")
     with blaming("training"):
         trainer = DDLSFTTrainer(
             model=model,
@@ -224,6 +244,8 @@ def sft_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTrainedTokeniz
             train_dataset=corpus.train,
             eval_dataset=corpus.held_out,
             processing_class=tokenizer,
+            preprocess_logits_for_metrics=token_losses_and_hits,
+            compute_metrics=means_over_tokens,
         )
         check_repository(trainer)
     leave_out_unanswered(corpus, trainer)
@@ -284,7 +306,7 @@ def classification_trainer(run: FinetuningRun, corpus: Corpus, tokenizer: PreTra
         part.map(tokenize, batched=True, remove_columns=part.column_names, num_proc=run.data.num_proc)
         for part in (corpus.train, corpus.held_out)
     )
-    model = adapted(run, load_base_model(DDLForSequenceClassification, run.model), "SEQ_CLS")
+    model = load_trained_model(run, DDLForSequenceClassification, "SEQ_CLS")
     with blaming("training"):
         trainer = ResumableTrainer(
             model=model,
@@ -319,7 +341,7 @@ def save(run: FinetuningRun, trainer: ResumableTrainer):
     if trainer.is_world_process_zero():
         # The model that was trained may be in pieces on several devices
         model = PeftModel.from_pretrained(
-            load_base_model(type(trainer.model.get_base_model()), run.model), folder / ADAPTER_FOLDER
+            load_base_model(type(trainer.model.get_base_model()), run.model, dtype="auto"), folder / ADAPTER_FOLDER
         )
         model.merge_and_unload().save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)

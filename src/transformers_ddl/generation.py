@@ -59,6 +59,8 @@ def main(arguments: list[str]):
     set_seed(options.seed)
     for prompt in options.prompts:
         inputs = tokenizer(prompt, return_tensors="pt")
+        if inputs["input_ids"].shape[1] == 0:
+            raise InputError(f"prompts: {prompt!r} has no tokens; allowed: at least one in each")
         output = model.generate(
             **inputs, do_sample=True, temperature=options.temperature, max_new_tokens=options.max_new_tokens
         )

@@ -62,7 +62,11 @@ def main(arguments: list[str]):
         description="Upload a finished model to the Hugging Face Hub, in one commit. Needs a token with the right to write: "
         "`hf auth login`, or the environment variable HF_TOKEN.",
     )
-    parser.add_argument("folder", type=Path, help="what `transformers-ddl pretrain` or `save_pretrained` wrote")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        help="what `transformers-ddl pretrain` or `finetune` wrote, or another model with its tokenizer and a card",
+    )
     parser.add_argument("repo_id", help="USER/NAME or ORGANISATION/NAME; made if there is none")
     parser.add_argument("--private", action="store_true", help="only you or the organisation may see the repository")
     parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, without a network")
@@ -178,6 +182,8 @@ def check_weights(folder: Path, config: dict):
 
 def check_card(path: Path):
     """Checks the metadata of a model card."""
+    if not path.is_file():
+        raise ValueError(f"its model card, {path.name}, is missing; `save_pretrained` and `convert` write none")
     try:
         data = ModelCard.load(path).data
         if data.library_name != "transformers":

@@ -26,7 +26,7 @@ import torch
 from matplotlib.figure import Figure
 
 from .cli import InputError
-from .delta_stats import QUANTITIES, SUBLAYERS, DeltaStats
+from .delta_stats import QUANTITIES, SUBLAYERS, DeltaStats, record_delta_stats
 from .generation import load_model
 from .inputs import read_texts
 
@@ -97,7 +97,7 @@ def main(arguments: list[str]):
     if not windows:
         raise InputError("--text: must hold text, got none")
     try:
-        with torch.no_grad(), model.record_delta_stats() as stats:
+        with torch.no_grad(), record_delta_stats(model) as stats:
             for window in windows:
                 model(torch.tensor([window], device=model.device), use_cache=False)
     except ValueError as error:

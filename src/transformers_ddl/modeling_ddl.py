@@ -69,7 +69,15 @@ from transformers.utils.generic import maybe_autocast, merge_with_config_default
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_ddl import DDLConfig
-from .ops_ddl import can_fuse, can_fuse_expansion, fused_boundary, fused_expansion, is_exporting, load_kernels
+from .ops_ddl import (
+    can_fuse,
+    can_fuse_expansion,
+    fused_boundary,
+    fused_expansion,
+    is_exporting,
+    is_watched,
+    load_kernels,
+)
 
 
 def upcast(tensor: torch.Tensor) -> torch.Tensor:
@@ -194,7 +202,8 @@ class DDLDeltaResidual(nn.Module):
 
     def anchor(self) -> torch.Tensor:
         """a and b, `[2, n]` in at least float32; a copy, as FSDP may have freed the parameters when the write is made."""
-        return upcast(torch.stack((self.anchor_keep, self.anchor_add)))
+        # Upcast before, as autocast cannot stack half-precision tensors of another dtype than its own
+        return torch.stack((upcast(self.anchor_keep), upcast(self.anchor_add)))
 
     def forward(self, hidden_states: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
         anchor = () if self.config.value_anchor is None else (self.anchor(),)
@@ -266,7 +275,8 @@ class DDLHyperConnection(nn.Module):
         n]` and M `[batch, sequence, n, n]`, in at least float32.
         """
         n = state.shape[2]
-        scale = torch.cat([self.scale[:1], self.scale[1:].expand(n + 1)])
+        scale = upcast(self.scale)
+        scale = torch.cat([scale[:1], scale[1:].expand(n + 1)])
         weights = upcast(self.static + scale * torch.tanh(F.linear(self.norm(state), self.dynamic)))
         write, read, mixing = weights.split([1, 1, n], dim=-1)
         return (read * state).sum(2).to(state.dtype), (write.squeeze(-1), mixing)
@@ -794,7 +804,7 @@ class DDLPreTrainedModel(LlamaPreTrainedModel):
                 init.copy_(module.weight, unit_kernel_like(module.weight, tap))
 
     def _init_weights_as_authors(self, module: nn.Module):
-        """Every parameter with two or more dimensions, embeddings aside, N(0, 0.5/√d) (spec §4)."""
+        """Every matrix of attention, MLP, gates, targets and compressors N(0, 0.5/√d), embeddings N(0, 0.02) (spec §4)."""
         std = 0.5 / math.sqrt(self.config.hidden_size)
         if isinstance(module, nn.Embedding) or module is self.get_output_embeddings():
             init.normal_(module.weight, std=0.02)
@@ -1106,7 +1116,7 @@ class DDLForCausalLM(DDLPreTrainedModel, GenerationMixin):
     def _head_is_plain(self, device: torch.device) -> bool:
         # A head that an adapter wraps, that has hooks, or whose weight is sharded, quantised or offloaded must be called
         head = self.lm_head
-        is_plain = type(head) is nn.Linear and not head._forward_pre_hooks and not head._forward_hooks
+        is_plain = type(head) is nn.Linear and not is_watched(head)
         return is_plain and type(head.weight) is nn.Parameter and head.weight.device == device
 
 

@@ -48,6 +48,13 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks are called with a module's inputs or outputs or, where there are any, their gradients."""
+    if torch.is_grad_enabled() and (module._backward_pre_hooks or module._backward_hooks):
+        return True
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
 def can_run(tensor: torch.Tensor, *modules: nn.Module) -> bool:
     """
     Whether kernels, which read the weights of modules without calling them, can stand in for these: with Triton, for a tensor in
@@ -65,7 +72,7 @@ def can_run(tensor: torch.Tensor, *modules: nn.Module) -> bool:
         return False
     # What wraps a module has it as a child. Compiled models check what is looked at here at every call, which takes time in
     # decoding: hence not by iterating over `children()` and `parameters()`, and one parameter for all, as they are offloaded together
-    if any(module._modules or module._forward_pre_hooks or module._forward_hooks for module in modules):
+    if any(module._modules or is_watched(module) for module in modules):
         return False
     weights = [getattr(module, "weight", None) for module in modules]
     return all(
@@ -92,9 +99,11 @@ def can_fuse(
         return False
     if config.num_delta_steps > 1 or config.num_value_channels > MAX_VALUE_CHANNELS:
         return False
-    hooks = [] if residual is None else [*residual._forward_pre_hooks.values(), *residual._forward_hooks.values()]
-    if not all(getattr(hook, "works_beside_kernels", False) for hook in hooks):
-        return False
+    if residual is not None and is_watched(residual):
+        hooks = [*residual._forward_pre_hooks.values(), *residual._forward_hooks.values()]
+        hooks += [*residual._backward_pre_hooks.values(), *residual._backward_hooks.values()]
+        if not all(getattr(hook, "works_beside_kernels", False) for hook in hooks):
+            return False
     maps = []
     if residual is not None and config.has_gates:
         names = ["beta_proj"] if config.value_activation == "constant" else ["beta_proj", "value_proj"]

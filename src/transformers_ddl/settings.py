@@ -313,6 +313,7 @@ def read_config(name: str | None = None, **fields) -> DDLConfig:
     if saved.get("model_type") != DDLConfig.model_type:
         raise ValueError(f"{name!r} does not hold a DDL model")
     saved.pop("transformers_version", None)  # or unknown fields would be accepted, as in a file
+    saved.pop("dtype", None)  # of the file, not of the training
     return DDLConfig(**saved | fields, name_or_path=name)
 
 

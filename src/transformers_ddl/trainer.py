@@ -140,9 +140,10 @@ class ResumableTrainer(Trainer):
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         # Losses are reported as bits per byte, which smoothed ones are not
         smoother, self.label_smoother = self.label_smoother, None
-        metrics = super().evaluate(*args, **kwargs)
-        self.label_smoother = smoother
-        return metrics
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.label_smoother = smoother
 
     def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
         input_ids = inputs["input_ids"]

@@ -240,8 +240,9 @@ def describe_costs(
     parameters = count_parameters(config)
     batch_size = sequences_per_step(args)
     flops, tokens = flops_per_token(mean_length), steps * batch_size * mean_length
+    autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     activations = args.train_batch_size * activation_bytes(
-        config, max_length, torch.bfloat16 if args.bf16 else None, args.gradient_checkpointing
+        config, max_length, autocast_dtype, args.gradient_checkpointing
     )
     repository = args.hub_model_id or Path(args.output_dir).resolve().name
     return "\n".join(
@@ -307,16 +308,21 @@ def set_vocabulary(config: DDLConfig, tokenizer: PreTrainedTokenizerBase, argume
     config.pad_token_id = tokenizer.pad_token_id
 
 
-def load_base_model(model_class: type[PreTrainedModel], config: DDLConfig) -> PreTrainedModel:
+def load_base_model(
+    model_class: type[PreTrainedModel], config: DDLConfig, dtype: torch.dtype | str = torch.float32
+) -> PreTrainedModel:
     """
-    The model `config.name_or_path`, with that configuration; only its head may be new.
+    The model `config.name_or_path`, with that configuration; only its head may be new. Where `config.dtype` is None, its
+    parameters are of `dtype`: by default float32, as most steps of an optimizer would be rounded away in bfloat16.
 
     Raises:
         `InputError`: if it cannot be loaded, or has not all weights.
     """
     name = config.name_or_path
     try:
-        model, loaded = model_class.from_pretrained(name, config=config, output_loading_info=True)
+        model, loaded = model_class.from_pretrained(
+            name, config=config, dtype=config.dtype or dtype, output_loading_info=True
+        )
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise InputError(f"model: cannot load {name!r} with these settings: {error}") from error
     missing = sorted(key for key in loaded["missing_keys"] if key.startswith(f"{model.base_model_prefix}."))

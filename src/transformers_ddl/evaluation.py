@@ -183,13 +183,14 @@ def main(arguments: list[str]):
     if options.output and Path(options.output).is_dir():
         raise InputError(f"--output: {options.output!r} is a folder; allowed: a file")
     if options.output:
+        output = Path(options.output).resolve()
+        is_new = not output.exists()
         try:
-            with Path(options.output).open("a") as file:
-                is_new = file.tell() == 0
+            output.open("a").close()
         except OSError as error:
             raise InputError(f"--output: cannot write {options.output!r}: {error}") from error
         if is_new:
-            Path(options.output).unlink()
+            output.unlink()
     results = evaluate_text(options) if options.text else evaluate_tasks(options)
     if options.output:
         Path(options.output).write_text(json.dumps({"model": options.model, **results}, indent=2) + "\n")

@@ -244,6 +244,7 @@ class DDLAdditiveResidual(nn.Module):
 def write_additive(
     config: DDLConfig, state: torch.Tensor, output: torch.Tensor, amplitude: torch.Tensor | None = None
 ) -> torch.Tensor:
+    """`X ← X + a F(c)ᵀ` for a `[n]` and the output F(c) `[batch, sequence, hidden_size]`; a is 1 if None (spec §6)."""
     output = output.unsqueeze(-2)
     if amplitude is None:
         return state + output
@@ -608,7 +609,8 @@ def begin_sublayer(
     """
     Carries out the write of the sublayer before, its output and the weights that its residual gave, and reads the state
     for the next. `write` is empty before the first sublayer, `residual` None at the readout. `history` is what the fused
-    kernels need to rebuild states in their backward pass.
+    kernels need to rebuild states in their backward pass. Token convolutions read neither where `conv_mask` is False nor
+    other documents of `document_ids`, both `[batch, sequence]`.
 
     Returns:
         state (`[batch, sequence, n, hidden_size]`): X.

@@ -16,7 +16,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload, infer_auto_device_map
-from conftest import CONV_VARIANTS, VARIANTS, close, random_tokens, tiny_model
+from conftest import CONV_VARIANTS, VARIANTS, close, random_tokens, tiny_config, tiny_model
 from torch import nn
 from torch._dynamo.exc import Unsupported
 from torch.nn.functional import cross_entropy
@@ -185,7 +185,7 @@ def spared(name: str) -> bool:
 def saved_for_quantisation(tmp_path, variant, **options):
     """Int8 needs sizes that are multiples of 16."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
-    if variant != "additive":
+    if tiny_config(variant).has_gates:
         options["gate_hidden_size"] = 16
     model = tiny_model(variant, **sizes, **options)
     model.save_pretrained(tmp_path)
@@ -226,7 +226,8 @@ def test_which_modules_are_quantised(variant, model_class, skip_modules):
     What decides it in all of Transformers' quantisers, bitsandbytes' among them. They match names of modules or, in
     torchao's case, of parameters. A list of one's own replaces the default one of heads, not that of gates and targets.
     """
-    model = model_class(tiny_model(variant, **({} if variant == "additive" else {"gate_hidden_size": 16})).config)
+    options = {"gate_hidden_size": 16} if tiny_config(variant).has_gates else {}
+    model = model_class(tiny_config(variant, **options))
     patterns = HfQuantizer.get_modules_to_not_convert(model, skip_modules, model._keep_in_fp32_modules)
     linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
     for suffix in ("", ".weight"):

@@ -93,7 +93,7 @@ def run_and_count(model, *args, **kwargs):
     ):
         results = run(model, *args, **kwargs)
     _, _, kernels = args
-    num_boundaries, num_expansions = 2 * model.config.num_hidden_layers + 1, int(model.config.embedding_conv)
+    num_boundaries, num_expansions = 2 * model.config.num_hidden_layers + 1, int(bool(model.config.embedding_conv))
     expected = (num_boundaries, num_expansions) if kernels == "1" else (0, 0)
     assert (boundary.call_count, expansion.call_count) == expected
     return results

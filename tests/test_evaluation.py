@@ -248,6 +248,18 @@ def test_unusable_input_of_the_command(options, message, workplace, only_local_t
     assert error.startswith("error: ") and message in error
 
 
+@pytest.mark.parametrize("kind", ["missing", "file", "empty", "link", "dangling link"])
+def test_failed_evaluation_leaves_the_output_as_it_was(kind, workplace, tmp_path):
+    output, target = tmp_path / "results.json", tmp_path / "target.json"
+    if kind.endswith("link"):
+        output.symlink_to(target)
+    if kind in ("file", "empty", "link"):
+        output.write_text("" if kind == "empty" else "earlier results")
+    before = {path.name: path.exists() and path.read_text() for path in tmp_path.iterdir()}
+    assert main(["evaluate", "nowhere", "--text", "setup.cfg", "--output", str(output)]) == 2
+    assert {path.name: path.exists() and path.read_text() for path in tmp_path.iterdir()} == before
+
+
 def test_script_in_a_checkout(tmp_path):
     """It has the name of a library that it imports."""
     (tmp_path / "text.txt").write_text("text")

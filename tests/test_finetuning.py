@@ -39,7 +39,7 @@ from transformers import (
 from transformers_ddl.checkpoints import last_complete_checkpoint
 from transformers_ddl.cli import InputError, main
 from transformers_ddl.examples import ExampleArguments, read_examples
-from transformers_ddl.finetuning import FinetuningRun, sft_trainer
+from transformers_ddl.finetuning import FinetuningRun, prepare, sft_trainer
 from transformers_ddl.settings import read_settings
 from transformers_ddl.tokenization import load_tokenizer
 
@@ -190,12 +190,10 @@ def test_results_do_not_depend_on_the_batches_of_evaluation(options, workplace):
     options += ("--data.source", "answers.jsonl", "--training.assistant_only_loss", "false")
     results = []
     for batch_size in ("1", "3", "8"):
-        trainer = make_trainer("--training.per_device_eval_batch_size", batch_size, *options)
-        torch.manual_seed(0)
-        for parameter in trainer.model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
+        trainer = make_trainer("--training.per_device_eval_batch_size", batch_size, "--model.name", "chat", *options)
         metrics = trainer.evaluate()
         results.append([metrics["eval_loss"], metrics["eval_token_accuracy"]])
+    assert 0 < results[0][1] < 1
     assert results[1] == pytest.approx(results[0], rel=1e-5) and results[2] == pytest.approx(results[0], rel=1e-5)
 
 
@@ -212,6 +210,10 @@ def test_trains_in_float32_whatever_is_stored(stored, workplace):
     for parameter in model_with_adapters.parameters():
         assert parameter.dtype == torch.float32 or not parameter.requires_grad
     assert model_with_adapters.get_base_model().model.embed_tokens.weight.dtype == stored
+    # The head is no adapter, and trained
+    settings = read_settings(["classify.yaml"], ["--training.output_dir", "unused", *model, *LORA[6:]])
+    classifier = prepare(FinetuningRun.from_settings(settings))[0].model
+    assert {parameter.dtype for parameter in classifier.parameters() if parameter.requires_grad} == {torch.float32}
     chosen = make_trainer(*model, "--model.dtype", "bfloat16").model
     assert chosen.model.embed_tokens.weight.dtype == torch.bfloat16
     shutil.rmtree("stored")

@@ -18,6 +18,7 @@ import torch
 from conftest import random_tokens, randomise, tiny_config, tiny_model
 from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -30,6 +31,9 @@ from transformers_ddl.modeling_ddl import DDLEmbeddingConvolution, DDLTokenCompr
 
 
 pytest.importorskip("triton")
+from transformers_ddl import ops_triton_conv_ddl, ops_triton_ddl  # noqa: E402
+
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # The interpreter's time goes with channels times taps
@@ -421,12 +425,43 @@ def test_eager_execution_and_operators(options, monkeypatch):
     tokens = torch.randint(0, model.config.vocab_size, (2, 3), device=DEVICE)
     with Operators() as operators:
         expected = run(model, tokens, monkeypatch, "1")
-    names = [name for name in operators.names if name.startswith("transformers_ddl::")]
     num_boundaries = 2 * model.config.num_hidden_layers + 1
-    assert names.count("transformers_ddl::boundary") == num_boundaries, names
-    assert names.count("transformers_ddl::boundary_backward") == num_boundaries, names
+    counts = {"boundary": num_boundaries, "expansion": int(bool(model.config.embedding_conv))}
+    counts["convolution"] = num_boundaries if model.config.compressor == "token" else 0
+    for name, count in counts.items():
+        assert operators.names.count(f"transformers_ddl::{name}") == count, name
+        assert operators.names.count(f"transformers_ddl::{name}_backward") == count, name
+
+    def refuse(*args):
+        raise AssertionError("an operator where there need be none")
+
+    for module in (ops_triton_ddl, ops_triton_conv_ddl):
+        for operation in (value for value in vars(module).values() if isinstance(value, ops_triton_ddl.Operation)):
+            monkeypatch.setattr(operation, "custom_op", refuse)
     for name, actual in run(model, tokens, monkeypatch, "1").items():
         assert torch.equal(actual, expected[name]), name
+
+
+def test_tracers_and_fake_tensors_see_operators():
+    model = randomise(DDLForCausalLM(tiny_config())).to(DEVICE)
+    tokens = torch.randint(0, model.config.vocab_size, (2, 2, 3), device=DEVICE)
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens):
+            return self.model(tokens, use_cache=False).logits
+
+    traced = torch.jit.trace(Logits(), tokens[0], check_trace=False)
+    assert "transformers_ddl::boundary" in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(tokens[1]), Logits()(tokens[1]))
+    mode = FakeTensorMode()
+    embeddings, mixing = (
+        mode.from_tensor(torch.zeros(shape, device=DEVICE, requires_grad=True)) for shape in ((3, 8), (4, 2, 8))
+    )
+    assert ops_triton_conv_ddl.expansion_op(embeddings, mixing, None, None, 3, torch.float32).shape == (3, 2, 8)
 
 
 def test_second_derivatives_are_refused():

@@ -21,6 +21,7 @@ Evaluation: bits per byte of texts, as a metric of `evaluate`, and the paper's t
 import argparse
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,17 +184,23 @@ def main(arguments: list[str]):
     if options.output and Path(options.output).is_dir():
         raise InputError(f"--output: {options.output!r} is a folder; allowed: a file")
     if options.output:
-        output = Path(options.output).resolve()
-        is_new = not output.exists()
-        try:
-            output.open("a").close()
-        except OSError as error:
-            raise InputError(f"--output: cannot write {options.output!r}: {error}") from error
-        if is_new:
-            output.unlink()
+        check_writable(Path(options.output))
     results = evaluate_text(options) if options.text else evaluate_tasks(options)
     if options.output:
         Path(options.output).write_text(json.dumps({"model": options.model, **results}, indent=2) + "\n")
+
+
+def check_writable(path: Path):
+    """Before hours of evaluation; leaves what there is as it is."""
+    try:
+        if not path.exists():
+            path = path.resolve()
+            path.touch(exist_ok=False)
+            path.unlink()
+        elif not os.access(path, os.W_OK):
+            raise PermissionError("permission denied")
+    except OSError as error:
+        raise InputError(f"--output: cannot write {str(path)!r}: {error}") from error
 
 
 def evaluate_text(options: argparse.Namespace) -> dict:

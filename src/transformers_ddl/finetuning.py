@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
@@ -205,16 +206,31 @@ def measured(results: dict[str, float]) -> dict[str, float]:
 def load_trained_model(
     run: FinetuningRun, model_class: type[PreTrainedModel], task_type: str
 ) -> PreTrainedModel | PeftModel:
-    """The model, or one around it, left in the dtype that it is stored in, whose adapters alone are trained, in float32."""
+    """
+    The model, or one around it whose adapters are trained. What is trained is in float32: for adapters alone, the model
+    itself may stay in the dtype that it is stored in.
+    """
     if run.lora is None:
         return load_base_model(model_class, run.model)
-    model = load_base_model(model_class, run.model, dtype="auto")
     run.lora.task_type = task_type
-    with blaming("lora"):
-        return get_peft_model(model, run.lora)
+    for dtype in ("auto", torch.float32):
+        model = load_base_model(model_class, run.model, dtype)
+        with blaming("lora"):
+            model = get_peft_model(model, run.lora)
+        if all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.requires_grad):
+            break
+    return model
 
 
-class DDLSFTTrainer(ResumableTrainer, SFTTrainer): ...
+class DDLSFTTrainer(ResumableTrainer, SFTTrainer):
+    def prediction_step(self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys=None) -> tuple:
+        # TRL's would first compute what it logs in training
+        inputs = dict(self._prepare_inputs(inputs))
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs, use_cache=False).logits
+        loss = token_losses(logits, labels).sum() / (labels[:, 1:] != IGNORE_INDEX).sum().clamp(min=1)
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
 
 def token_losses_and_hits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -66,7 +66,7 @@ def can_run(tensor: torch.Tensor, *modules: nn.Module) -> bool:
     kernels = os.environ.get("TRANSFORMERS_DDL_KERNELS", "auto")
     if kernels not in ("0", "1", "auto"):
         raise ValueError(f"TRANSFORMERS_DDL_KERNELS must be 0, 1 or auto, got {kernels!r}")
-    if kernels == "0" or not TRITON_AVAILABLE or not (tensor.is_cuda or kernels == "1"):
+    if kernels == "0" or not TRITON_AVAILABLE or not (tensor.is_cuda or kernels == "1" and tensor.is_cpu):
         return False
     if is_exporting() or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False

@@ -852,27 +852,25 @@ class Operation:
     def register_autograd(self, backward: Callable, setup_context: Callable):
         """As `torch.library.register_autograd`."""
         self.custom_op.register_autograd(backward, setup_context=setup_context)
-        launch, returns_list = self.launch, self.launch.__annotations__["return"] == list[torch.Tensor]
+        returns_list = self.launch.__annotations__["return"] == list[torch.Tensor]
 
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, *args):
-                outputs = launch(*args)
-                setup_context(ctx, args, outputs)
-                return tuple(outputs) if returns_list else outputs
+        def forward(ctx, *args):
+            outputs = self.launch(*args)
+            setup_context(ctx, args, outputs)
+            return tuple(outputs) if returns_list else outputs
 
-            @staticmethod
-            def backward(ctx, *grads):
-                grads = backward(ctx, grads) if returns_list else backward(ctx, *grads)
-                return tuple(None if isinstance(grad, list) else grad for grad in grads)
+        def backward_of_all(ctx, *grads):
+            grads = backward(ctx, grads) if returns_list else backward(ctx, *grads)
+            return tuple(None if isinstance(grad, list) else grad for grad in grads)
 
-        self.launch_with_gradients = Function.apply
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_all)}
+        self.launch_with_gradients = type(self.launch.__name__, (torch.autograd.Function,), methods).apply
 
     def __call__(self, *args):
-        # Compilers, modes of dispatch, `torch.func` and subclasses of tensors want to see an operation
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        # Compilers, tracers, modes of dispatch, `torch.func` and subclasses of tensors want to see an operation
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return self.custom_op(*args)
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active():
             return self.custom_op(*args)
         if any(isinstance(arg, torch.Tensor) and type(arg) not in (torch.Tensor, torch.nn.Parameter) for arg in args):
             return self.custom_op(*args)

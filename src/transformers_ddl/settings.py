@@ -313,7 +313,8 @@ def read_config(name: str | None = None, **fields) -> DDLConfig:
     if saved.get("model_type") != DDLConfig.model_type:
         raise ValueError(f"{name!r} does not hold a DDL model")
     saved.pop("transformers_version", None)  # or unknown fields would be accepted, as in a file
-    saved.pop("dtype", None)  # of the file, not of the training
+    for field in ("dtype", "torch_dtype"):  # of the file, not of the training
+        saved.pop(field, None)
     return DDLConfig(**saved | fields, name_or_path=name)
 
 

@@ -214,6 +214,10 @@ def test_trains_in_float32_whatever_is_stored(stored, workplace):
     settings = read_settings(["classify.yaml"], ["--training.output_dir", "unused", *model, *LORA[6:]])
     classifier = prepare(FinetuningRun.from_settings(settings))[0].model
     assert {parameter.dtype for parameter in classifier.parameters() if parameter.requires_grad} == {torch.float32}
+    options = ("--training.output_dir", "merged", "--training.max_steps", "2")
+    assert main(["finetune", "classify.yaml", *options, *model, *LORA[6:]]) == 0
+    assert load_file("merged/model.safetensors")["score.weight"].dtype == torch.float32
+    shutil.rmtree("merged")
     chosen = make_trainer(*model, "--model.dtype", "bfloat16").model
     assert chosen.model.embed_tokens.weight.dtype == torch.bfloat16
     shutil.rmtree("stored")

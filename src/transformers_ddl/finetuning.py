@@ -356,8 +356,8 @@ def save(run: FinetuningRun, trainer: ResumableTrainer):
     trainer.save_model(folder / ADAPTER_FOLDER)
     if trainer.is_world_process_zero():
         # The model that was trained may be in pieces on several devices
-        model = PeftModel.from_pretrained(
-            load_base_model(type(trainer.model.get_base_model()), run.model, dtype="auto"), folder / ADAPTER_FOLDER
-        )
+        trained = trainer.model.get_base_model()
+        base = load_base_model(type(trained), run.model, trained.dtype)
+        model = PeftModel.from_pretrained(base, folder / ADAPTER_FOLDER)
         model.merge_and_unload().save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)

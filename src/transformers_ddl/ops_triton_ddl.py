@@ -293,6 +293,9 @@ def write_forward(
 ):
     """`X + k̃ wᵀ`; stores Xᵀk, w and 1/‖k̃‖."""
     direction = load_vectors(direction_ptr + token * D, 1, D, BLOCK_D, NUM_BLOCKS)
+    # Not where they are needed, or each token would wait for the memory twice
+    target = load_scalars(target_ptr + token * N, N) if HAS_GATE else ()
+    gate = tl.load(gate_ptr + token) if HAS_GATE else 0.0
     terms = multiply(direction, direction, 1, NUM_BLOCKS)
     if ERASE:
         terms = terms + multiply(state, direction, N, NUM_BLOCKS)
@@ -302,14 +305,14 @@ def write_forward(
     for j in tl.static_range(N):
         weight = 0.0
         if HAS_GATE:
-            error = tl.load(target_ptr + token * N + j)
+            error = target[j]
             if ERASE:
                 readout = sums[1 + j] * inv_key_norm
                 tl.store(readout_ptr + token * N + j, readout)
                 if HAS_KEEP:
                     readout *= 1.0 - tl.load(keep_ptr + j).to(tl.float32)
                 error -= readout
-            weight = tl.load(gate_ptr + token) * error * inv_key_norm
+            weight = gate * error * inv_key_norm
         if HAS_AMPLITUDE:
             weight += tl.load(amplitude_ptr + j).to(tl.float32)
         write = write + (weight,)
@@ -609,10 +612,10 @@ def boundary_backward_kernel(
     grad_direction_ptr,
     grad_target_ptr,
     grad_gate_ptr,
-    grad_rows_ptr,  # per program: [n + values + 2, d] sums of the gradients of mixing, value map, norm weight, gate map
-    grad_scalars_ptr,  # per program: [2n + values + 1] sums of the gradients of value bias, gate bias, kept share and amplitude
+    grad_parameters_ptr,  # per program: the sums of their gradients, as `parameter_sizes` says
     num_tokens,
     value_scale,
+    NUM_SUMS: tl.constexpr,
     D: tl.constexpr,
     N: tl.constexpr,
     NUM_VALUES: tl.constexpr,
@@ -639,9 +642,12 @@ def boundary_backward_kernel(
     sum_amplitude = zero_scalars(N)
     sum_gate_bias = 0.0
 
+    # Tokens that follow one another share the cache lines of their scalars
     program = tl.program_id(0).to(tl.int64)
-    for token in range(program, num_tokens, tl.num_programs(0)):
-        next_token = tl.minimum(token + tl.num_programs(0), num_tokens - 1)
+    tokens_per_program = tl.cdiv(num_tokens, tl.num_programs(0))
+    begin = program * tokens_per_program
+    for token in range(begin, tl.minimum(begin + tokens_per_program, num_tokens)):
+        next_token = tl.minimum(token + 1, num_tokens - 1)
         prefetch(grad_context_ptr + next_token * D, 1, D)
         if HAS_GRAD_STATE:
             prefetch(grad_new_state_ptr + next_token * (N * D), N, D)
@@ -747,12 +753,12 @@ def boundary_backward_kernel(
             store_vectors(grad_direction_ptr + token * D, grad_direction, 1, D, BLOCK_D, NUM_BLOCKS)
         store_vectors(grad_state_ptr + token * (N * D), grad_state, N, D, BLOCK_D, NUM_BLOCKS)
 
-    rows_ptr = grad_rows_ptr + program * (N + NUM_VALUES + 2) * D
-    store_vectors(rows_ptr, sum_mixing, N, D, BLOCK_D, NUM_BLOCKS)
-    store_vectors(rows_ptr + N * D, sum_value_weight, NUM_VALUES, D, BLOCK_D, NUM_BLOCKS)
-    store_vectors(rows_ptr + (N + NUM_VALUES) * D, sum_norm_weight, 1, D, BLOCK_D, NUM_BLOCKS)
-    store_vectors(rows_ptr + (N + NUM_VALUES + 1) * D, sum_gate_weight, 1, D, BLOCK_D, NUM_BLOCKS)
-    scalars_ptr = grad_scalars_ptr + program * (2 * N + NUM_VALUES + 1)
+    sums_ptr = grad_parameters_ptr + program * NUM_SUMS
+    store_vectors(sums_ptr, sum_mixing, N, D, BLOCK_D, NUM_BLOCKS)
+    store_vectors(sums_ptr + N * D, sum_value_weight, NUM_VALUES, D, BLOCK_D, NUM_BLOCKS)
+    store_vectors(sums_ptr + (N + NUM_VALUES) * D, sum_norm_weight, 1, D, BLOCK_D, NUM_BLOCKS)
+    store_vectors(sums_ptr + (N + NUM_VALUES + 1) * D, sum_gate_weight, 1, D, BLOCK_D, NUM_BLOCKS)
+    scalars_ptr = sums_ptr + (N + NUM_VALUES + 2) * D
     store_scalars(scalars_ptr, sum_value_bias, NUM_VALUES)
     tl.store(scalars_ptr + NUM_VALUES, sum_gate_bias)
     store_scalars(scalars_ptr + NUM_VALUES + 1, sum_keep, N)
@@ -778,11 +784,13 @@ def launch_sizes(n: int, d: int, num_values: int, backward: bool) -> dict[str, i
         # Each program keeps the sums of the parameters' gradients in registers: at most 80 of a thread
         num_sums = (n + num_values + 2) * d
         num_warps = max(2 if num_sums <= 4096 else 4, triton.next_power_of_2(num_sums // 2560))
-        if n == 1 and 2048 < num_sums <= 3072 and torch.version.cuda:
-            # Room for six programs on a multiprocessor; the compiler would take more. It takes less for fewer sums, more would spill
+        if n == 1 and 2048 < num_sums <= 8192 and torch.version.cuda:
+            # Room for six programs of two warps on a multiprocessor; the compiler would take more. It takes less for fewer sums
             options["maxnreg"] = 168
     else:
         num_warps = max(2, triton.next_power_of_2(triton.cdiv(n * d, 1536)))
+        if num_warps == 8 and torch.version.cuda:
+            options["maxnreg"] = 128  # two programs
     return {**vector_sizes(n, d), "NUM_VALUES": num_values, "num_warps": min(num_warps, 32), **options}
 
 
@@ -936,6 +944,8 @@ def boundary_op(
         )  # fmt: skip
         # Resident programs, 132 or more on an H200, depend on it. For 16 warps there are no registers for the parameters
         options["PRELOAD"] = state.shape[0] <= 128 and options["num_warps"] <= 8
+        if options["PRELOAD"]:
+            options.pop("maxnreg", None)
         num_programs = resident_programs(boundary_forward_kernel, *args, **options)
         boundary_forward_kernel[min(num_programs, state.shape[0]),](*args, **options)
     return outputs
@@ -998,16 +1008,12 @@ def boundary_backward_op(
     value_from_context: bool,
     erase: bool,
 ) -> list[torch.Tensor]:
-    """
-    Returns the gradients of state, direction, target and gate, then in float32 those of mixing, value map, norm weight
-    and gate map as the rows of `[n + num_values + 2, d]` and of value bias, gate bias, keep and amplitude as
-    `[2n + num_values + 1]`.
-    """
+    """Returns the gradients of state, direction, target and gate, then in float32 those of the parameters, as `parameter_sizes` says."""
     num_tokens, n, d = snapshot.shape
     outputs = boundary_backward_outputs(snapshot, direction, target, gate, num_values)
     if num_tokens == 0:
         return [output.zero_() for output in outputs]
-    *per_token, grad_rows, grad_scalars = outputs
+    *per_token, grad_parameters = outputs
     args = (
         snapshot, tuple(replays), direction, target, gate, keep,
         readout, write, inv_key_norm, mixing, norm_weight, value_weight, gate_weight, rstd, new_target, new_gate,
@@ -1018,14 +1024,23 @@ def boundary_backward_op(
         HAS_GATE=gate is not None, ERASE=erase, HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None,
         HAS_MIXING=mixing is not None, HAS_HEADS=gate_weight is not None,
         VALUE_FROM_CONTEXT=value_from_context, VALUE_ACTIVATION=value_activation,
-        **launch_sizes(n, d, num_values, backward=True),
+        NUM_SUMS=len(grad_parameters), **launch_sizes(n, d, num_values, backward=True),
     )  # fmt: skip
     sizes = num_tokens, value_scale
-    num_programs = resident_programs(boundary_backward_kernel, *args, grad_rows, grad_scalars, *sizes, **options)
+    num_programs = resident_programs(boundary_backward_kernel, *args, grad_parameters, *sizes, **options)
     num_programs = min(num_programs, num_tokens)
-    grad_rows, grad_scalars = (sums.new_empty(num_programs, *sums.shape) for sums in (grad_rows, grad_scalars))
-    boundary_backward_kernel[num_programs,](*args, grad_rows, grad_scalars, *sizes, **options)
-    return [*per_token, grad_rows.sum(0), grad_scalars.sum(0)]
+    sums = grad_parameters.new_empty(num_programs, len(grad_parameters))
+    boundary_backward_kernel[num_programs,](*args, sums, *sizes, **options)
+    return [*per_token, torch.sum(sums, 0, out=grad_parameters)]
+
+
+def parameter_sizes(n: int, d: int, num_values: int) -> list[int]:
+    """
+    Of the gradients of mixing, value map, norm weight, gate map, value bias, gate bias, keep and amplitude, one after the other,
+    and of what is left to a multiple of 16 bytes.
+    """
+    sizes = [n * d, num_values * d, d, d, num_values, 1, n, n]
+    return [*sizes, -sum(sizes) % 4]
 
 
 def boundary_backward_outputs(
@@ -1042,8 +1057,7 @@ def boundary_backward_outputs(
             snapshot.new_empty(0) if tensor is None else torch.empty_like(tensor)
             for tensor in (direction, target, gate)
         ),
-        snapshot.new_empty(n + num_values + 2, d, dtype=torch.float32),
-        snapshot.new_empty(2 * n + num_values + 1, dtype=torch.float32),
+        snapshot.new_empty(sum(parameter_sizes(n, d, num_values)), dtype=torch.float32),
     ]
 
 
@@ -1076,7 +1090,7 @@ def backward(ctx, grads):
     replays, saved = saved[: ctx.num_replays], saved[ctx.num_replays :]
     direction, target, gate = saved[:3]
     new_target, new_gate, _ = saved[-3:]
-    n = snapshot.shape[1]
+    n, d = snapshot.shape[1:]
 
     # Gradients are None for outputs that nothing used
     if grad_context is None:
@@ -1087,7 +1101,7 @@ def backward(ctx, grads):
     if grad_new_state is not None:
         grad_new_state = grad_new_state.contiguous() if direction is not None and ctx.begins_sublayer else None
 
-    grad_state, *grad_write, rows, scalars = boundary_backward_op(
+    grad_state, *grad_write, grad_parameters = boundary_backward_op(
         snapshot, replays, *saved, grad_new_state, grad_context.contiguous(), grad_new_target, grad_new_gate,
         *ctx.options,
     )  # fmt: skip
@@ -1095,16 +1109,13 @@ def backward(ctx, grads):
         None if tensor is None else grad for tensor, grad in zip((direction, target, gate), grad_write, strict=True)
     ]
     num_values = ctx.options[0]
-    *grad_matrices, grad_norm_weight, grad_gate_weight = rows.split([n, num_values, 1, 1])
-    parameter_grads = (
-        *grad_matrices, grad_norm_weight.squeeze(0), grad_gate_weight.squeeze(0),
-        *scalars.split([num_values, 1, n, n]),
-    )  # fmt: skip
+    grad_mixing, grad_value_weight, *grad_vectors, _ = grad_parameters.split(parameter_sizes(n, d, num_values))
+    parameter_grads = (grad_mixing.view(n, d), grad_value_weight.view(num_values, d), *grad_vectors)
     (
         grad_mixing, grad_value_weight, grad_norm_weight, grad_gate_weight,
         grad_value_bias, grad_gate_bias, grad_keep, grad_amplitude,
     ) = (
-        None if dtype is None else grad.to(dtype) for grad, dtype in zip(parameter_grads, ctx.parameter_dtypes)
+        None if dtype is None else grad.to(dtype) for grad, dtype in zip(parameter_grads, ctx.parameter_dtypes, strict=True)
     )  # fmt: skip
     return (
         grad_state, *grad_write, grad_keep, grad_amplitude, grad_mixing, grad_norm_weight,

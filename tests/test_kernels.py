@@ -371,6 +371,18 @@ def test_boundary_at_extremes(shape, direction_scale, gate_value):
         )
 
 
+@pytest.mark.parametrize("num_programs", [1, 4, 12])
+def test_programs_share_tokens(num_programs, monkeypatch):
+    """Some have fewer than others or, of four for nine tokens, none; each adds to the gradients of the parameters."""
+    monkeypatch.setattr("transformers_ddl.ops_triton_ddl.resident_programs", lambda *args, **sizes: num_programs)
+    torch.manual_seed(0)
+    args = torch.randn(9, 2, 8), torch.randn(9, 8), torch.randn(9, 2), torch.rand(9)
+    for name, value, reference in zip(
+        NAMES, boundary(*args, torch.float32), boundary(*args, torch.float64), strict=True
+    ):
+        assert relative_error(value, reference) < 1e-5, name
+
+
 def test_empty_batch_of_convolutions():
     args = (torch.randn(0, 4, 3, 16), torch.randn(0, 4, 16), torch.randn(0, 4, 3), torch.randn(0, 4), 4, {})
     for name, value in zip(CONVOLUTION_NAMES, convolution(*args, torch.float32), strict=True):

@@ -294,7 +294,7 @@ def write_forward(
 ):
     """`X + k̃ wᵀ`; stores Xᵀk, w and 1/‖k̃‖."""
     direction = load_vectors(direction_ptr + token * D, 1, D, BLOCK_D, NUM_BLOCKS)
-    # Not where they are needed, or each token would wait for the memory twice
+    # Before the sums: after them, each token would wait for the memory a second time
     target = load_scalars(target_ptr + token * N, N) if HAS_GATE else ()
     gate = tl.load(gate_ptr + token) if HAS_GATE else 0.0
     terms = multiply(direction, direction, 1, NUM_BLOCKS)
@@ -613,10 +613,10 @@ def boundary_backward_kernel(
     grad_direction_ptr,
     grad_target_ptr,
     grad_gate_ptr,
-    grad_parameters_ptr,  # per program: the sums of their gradients, as `parameter_sizes` says
+    sums_ptr,  # per program: the sums of the parameters' gradients, one after the other as `parameter_sizes` says
     num_tokens,
     value_scale,
-    NUM_SUMS: tl.constexpr,
+    ROW_LENGTH: tl.constexpr,
     D: tl.constexpr,
     N: tl.constexpr,
     NUM_VALUES: tl.constexpr,
@@ -647,8 +647,9 @@ def boundary_backward_kernel(
     program = tl.program_id(0).to(tl.int64)
     tokens_per_program = tl.cdiv(num_tokens, tl.num_programs(0))
     begin = program * tokens_per_program
-    for token in range(begin, tl.minimum(begin + tokens_per_program, num_tokens)):
-        next_token = tl.minimum(token + 1, num_tokens - 1)
+    end = tl.minimum(begin + tokens_per_program, num_tokens)
+    for token in range(begin, end):
+        next_token = tl.minimum(token + 1, end - 1)
         prefetch(grad_context_ptr + next_token * D, 1, D)
         if HAS_GRAD_STATE:
             prefetch(grad_new_state_ptr + next_token * (N * D), N, D)
@@ -754,7 +755,7 @@ def boundary_backward_kernel(
             store_vectors(grad_direction_ptr + token * D, grad_direction, 1, D, BLOCK_D, NUM_BLOCKS)
         store_vectors(grad_state_ptr + token * (N * D), grad_state, N, D, BLOCK_D, NUM_BLOCKS)
 
-    sums_ptr = grad_parameters_ptr + program * NUM_SUMS
+    sums_ptr += program * ROW_LENGTH
     store_vectors(sums_ptr, sum_mixing, N, D, BLOCK_D, NUM_BLOCKS)
     store_vectors(sums_ptr + N * D, sum_value_weight, NUM_VALUES, D, BLOCK_D, NUM_BLOCKS)
     store_vectors(sums_ptr + (N + NUM_VALUES) * D, sum_norm_weight, 1, D, BLOCK_D, NUM_BLOCKS)
@@ -780,19 +781,13 @@ def vector_sizes(n: int, d: int, largest_block: int = 512) -> dict[str, int]:
 @functools.cache
 def launch_sizes(n: int, d: int, num_values: int, backward: bool) -> dict[str, int]:
     """Compile-time sizes for a state `[tokens, n, d]`, as measured best on an H200 (`benchmarks/NOTES.md`)."""
-    options = {}
     if backward:
         # Each program keeps the sums of the parameters' gradients in registers: at most 80 of a thread
         num_sums = (n + num_values + 2) * d
         num_warps = max(2 if num_sums <= 4096 else 4, triton.next_power_of_2(num_sums // 2560))
-        if n == 1 and 2048 < num_sums <= 8192 and torch.version.cuda:
-            # Room for six programs of two warps on a multiprocessor; the compiler would take more. It takes less for fewer sums
-            options["maxnreg"] = 168
     else:
         num_warps = max(2, triton.next_power_of_2(triton.cdiv(n * d, 1536)))
-        if num_warps == 8 and torch.version.cuda:
-            options["maxnreg"] = 128  # two programs
-    return {**vector_sizes(n, d), "NUM_VALUES": num_values, "num_warps": min(num_warps, 32), **options}
+    return {**vector_sizes(n, d), "NUM_VALUES": num_values, "num_warps": min(num_warps, 32)}
 
 
 def programs_per_multiprocessor(num_registers: int, num_warps: int, gpu) -> int:
@@ -945,8 +940,8 @@ def boundary_op(
         )  # fmt: skip
         # Resident programs, 132 or more on an H200, depend on it. For 16 warps there are no registers for the parameters
         options["PRELOAD"] = state.shape[0] <= 128 and options["num_warps"] <= 8
-        if options["PRELOAD"]:
-            options.pop("maxnreg", None)
+        if direction is not None and options["num_warps"] == 8 and not options["PRELOAD"] and torch.version.cuda:
+            options["maxnreg"] = 128  # room for two programs on a multiprocessor
         num_programs = resident_programs(boundary_forward_kernel, *args, **options)
         boundary_forward_kernel[min(num_programs, state.shape[0]),](*args, **options)
     return outputs
@@ -1015,6 +1010,7 @@ def boundary_backward_op(
     if num_tokens == 0:
         return [output.zero_() for output in outputs]
     *per_token, grad_parameters = outputs
+    row_length = triton.cdiv(len(grad_parameters), 4) * 4  # each begins at a multiple of 16 bytes
     args = (
         snapshot, tuple(replays), direction, target, gate, keep,
         readout, write, inv_key_norm, mixing, norm_weight, value_weight, gate_weight, rstd, new_target, new_gate,
@@ -1025,25 +1021,21 @@ def boundary_backward_op(
         HAS_GATE=gate is not None, ERASE=erase, HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None,
         HAS_MIXING=mixing is not None, HAS_HEADS=gate_weight is not None,
         VALUE_FROM_CONTEXT=value_from_context, VALUE_ACTIVATION=value_activation,
-        NUM_SUMS=len(grad_parameters), **launch_sizes(n, d, num_values, backward=True),
+        ROW_LENGTH=row_length, **launch_sizes(n, d, num_values, backward=True),
     )  # fmt: skip
     sizes = num_tokens, value_scale
     num_programs = resident_programs(boundary_backward_kernel, *args, grad_parameters, *sizes, **options)
     num_programs = min(num_programs, num_tokens)
-    sums = grad_parameters.new_empty(num_programs, len(grad_parameters))
+    sums = grad_parameters.new_empty(num_programs, row_length)
     boundary_backward_kernel[num_programs,](*args, sums, *sizes, **options)
-    # In two steps: for hundreds of rows, PyTorch takes twice as long in one
-    sums = sums.unflatten(0, (-1, math.gcd(num_programs, 12))).sum(1)
-    return [*per_token, torch.sum(sums, 0, out=grad_parameters)]
+    # In two steps, or PyTorch would have few threads add up hundreds of rows: multiples of an H200's 132 multiprocessors, of 12
+    sums = sums.unflatten(0, (-1, math.gcd(num_programs, 12))).sum(1).sum(0)
+    return [*per_token, sums[: len(grad_parameters)]]
 
 
 def parameter_sizes(n: int, d: int, num_values: int) -> list[int]:
-    """
-    Of the gradients of mixing, value map, norm weight, gate map, value bias, gate bias, keep and amplitude, one after the other,
-    and of what is left to a multiple of 16 bytes.
-    """
-    sizes = [n * d, num_values * d, d, d, num_values, 1, n, n]
-    return [*sizes, -sum(sizes) % 4]
+    """Of mixing, value map, norm weight, gate map, value bias, gate bias, keep and amplitude, as the backward kernel stores their gradients."""
+    return [n * d, num_values * d, d, d, num_values, 1, n, n]
 
 
 def boundary_backward_outputs(
@@ -1112,7 +1104,7 @@ def backward(ctx, grads):
         None if tensor is None else grad for tensor, grad in zip((direction, target, gate), grad_write, strict=True)
     ]
     num_values = ctx.options[0]
-    grad_mixing, grad_value_weight, *grad_vectors, _ = grad_parameters.split(parameter_sizes(n, d, num_values))
+    grad_mixing, grad_value_weight, *grad_vectors = grad_parameters.split(parameter_sizes(n, d, num_values))
     parameter_grads = (grad_mixing.view(n, d), grad_value_weight.view(num_values, d), *grad_vectors)
     (
         grad_mixing, grad_value_weight, grad_norm_weight, grad_gate_weight,

@@ -1028,7 +1028,7 @@ def boundary_backward_op(
     num_programs = min(num_programs, num_tokens)
     sums = grad_parameters.new_empty(num_programs, row_length)
     boundary_backward_kernel[num_programs,](*args, sums, *sizes, **options)
-    # In two steps, or PyTorch would have few threads add up hundreds of rows: multiples of an H200's 132 multiprocessors, of 12
+    # In two steps, or PyTorch would have few threads add up hundreds of rows, which are multiples of 132 on an H200
     sums = sums.unflatten(0, (-1, math.gcd(num_programs, 12))).sum(1).sum(0)
     return [*per_token, sums[: len(grad_parameters)]]
 

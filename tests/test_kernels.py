@@ -380,7 +380,8 @@ def test_programs_share_tokens(num_programs, monkeypatch):
     for name, value, reference in zip(
         NAMES, boundary(*args, torch.float32), boundary(*args, torch.float64), strict=True
     ):
-        assert relative_error(value, reference) < 1e-5, name
+        # ∂b_β is a sum that nearly cancels: 1.5e-5 on a GPU
+        assert relative_error(value, reference) < 1e-4, name
 
 
 def test_empty_batch_of_convolutions():
@@ -857,5 +858,4 @@ def test_kernels_for_hopper():
         resident = H200.multi_processor_count * programs_per_multiprocessor(launch["registers"], launch["warps"], H200)
         is_full = 0.8 * resident < math.prod(launch["grid"]) <= resident
         assert launch["stack"] == 0 and (is_full or launch["num_tokens"] == 1), launch
-        has_all_features = not re.match("expansion|convolution_backward_mixing", launch["kernel"])
-        assert bool(launch["prefetches"]) == has_all_features, launch
+        assert bool(launch["prefetches"]) != launch["kernel"].startswith("expansion"), launch

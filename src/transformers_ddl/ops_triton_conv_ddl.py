@@ -359,7 +359,21 @@ def convolution_backward_mixing_kernel(
         first_feature,
     )
     sum_mixing = zeros(KERNEL_SIZE * N, BLOCK_D)
+    # What is prefetched of a vector ends where the vector does
+    block_size: tl.constexpr = min(BLOCK_D, D)
+    first_prefetched = tl.minimum(first_feature, D - block_size)
     for step in range(end - begin):
+        next_token, _ = locate(tl.maximum(end - 2 - step, 0), order_ptr, segment_ptr, seq_length, HAS_ORDER)
+        prefetch(grad_hidden_ptr + next_token * D + first_prefetched, 1, block_size)
+        for j in tl.static_range(N):
+            prefetch(snapshot_ptr + next_token * (N * D) + j * D + first_prefetched, 1, block_size)
+        for i in tl.static_range(NUM_REPLAYS):
+            prefetch(replays[2 * i] + next_token * D + first_prefetched, 1, block_size)
+        if HAS_WRITE:
+            prefetch(direction_ptr + next_token * D + first_prefetched, 1, block_size)
+            if ERASE:
+                prefetch(grad_direction_ptr + next_token * D + first_prefetched, 1, block_size)
+
         token, segment = locate(end - 1 - step, order_ptr, segment_ptr, seq_length, HAS_ORDER)
         grad_hidden = load_vectors(grad_hidden_ptr + token * D, 1, D, BLOCK_D, 1, first_feature)
         state = rebuild_state(

@@ -656,6 +656,8 @@ def boundary_backward_kernel(
         prefetch(snapshot_ptr + next_token * (N * D), N, D)
         if HAS_WRITE:
             prefetch(direction_ptr + next_token * D, 1, D)
+        for i in tl.static_range(NUM_REPLAYS):
+            prefetch(replays[2 * i] + next_token * D, 1, D)
 
         # Read from the cache for every token: registers are for the sums
         norm_weight = load_vectors(norm_weight_ptr, 1, D, BLOCK_D, NUM_BLOCKS)

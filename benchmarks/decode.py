@@ -16,18 +16,22 @@ Tokens per second of `generate` (greedy, static cache, bf16), compiled with CUDA
 itself: of whole steps, and of the forward pass alone (the inputs' preparation included, choosing the token not), which is what
 models differ in. Ratios are to the first model of the run. At every token, compiled models check that each of their modules and parameters is
 what it was when they were compiled, unless `--skip_guards` says that nothing will change (docs/serving.md). A busy host changes results by
-a third from one minute to the next: models take turns for so many `--rounds`, of whose times the medians are taken.
+a third from one second to the next: each model is compiled in a process of its own, all take turns for so many `--rounds`, one at a time, and
+the medians of all tokens' times are taken.
 
     python benchmarks/decode.py --output outputs/decode.json
     python benchmarks/decode.py --size toy --batch_sizes 1 3 --new_tokens 24     # on a CPU
 """
 
 import argparse
+import itertools
+import multiprocessing
 import statistics
 import tempfile
+from multiprocessing.connection import Connection
 
 import torch
-from common import DEVICE, MODELS, SIZES, add_ratios, build, free_memory, now, report
+from common import DEVICE, MODELS, SIZES, add_ratios, build, now, report
 from transformers import CompileConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 
@@ -80,41 +84,37 @@ def generate(model: PreTrainedModel, batch_size: int, new_tokens: int, compile_c
     )
 
 
-def measure(name: str, args: argparse.Namespace) -> list[dict]:
-    """Median times of a step and of a forward pass for each batch size."""
-    model, results = build_in_bf16(name, args.size), []
+def decode(connection: Connection, name: str, args: argparse.Namespace):
+    """A process with a model: for each batch size, tells when it has compiled, then the times of a turn whenever asked for one."""
+    model = build_in_bf16(name, args.size)
     compile_config = CompileConfig(fullgraph=True)  # CUDA graphs by default
     if args.skip_guards:
         skip_guards = torch.compiler.skip_guard_on_all_nn_modules_unsafe
         compile_config.mode, compile_config.options = None, {"triton.cudagraphs": True, "guard_filter_fn": skip_guards}
     for batch_size in args.batch_sizes:
         torch.compiler.reset()  # or a second batch size would be compiled for any
-        for _ in range(2):  # the first compiles
+        generate(model, batch_size, args.new_tokens, compile_config)
+        connection.send(hasattr(model, "_compiled_call"))
+        while connection.recv():
             logits_clock, token_clock = LogitsClock(), TokenClock()
             clocks = {"stopping_criteria": [token_clock], "logits_processor": [logits_clock]}
             generate(model, batch_size, args.new_tokens, compile_config, **clocks)
-        tokens, logits = token_clock.times[WARMUP:], logits_clock.times[WARMUP:]
-        steps = [later - earlier for earlier, later in zip(tokens, tokens[1:])]
-        forwards = [later - earlier for earlier, later in zip(tokens, logits[1:])]
-        results.append(
-            {
-                "batch_size": batch_size,
-                "model": name,
-                "compiled": hasattr(model, "_compiled_call"),
-                "step_ms": 1000 * statistics.median(steps),
-                "forward_ms": 1000 * statistics.median(forwards),
-            }
-        )
-    return results
+            tokens, logits = token_clock.times[WARMUP:], logits_clock.times[WARMUP:]
+            steps = [1000 * (later - earlier) for earlier, later in zip(tokens, tokens[1:])]
+            forwards = [1000 * (later - earlier) for earlier, later in zip(tokens, logits[1:])]
+            connection.send({"step_ms": steps, "forward_ms": forwards})
 
 
-def summarize(rounds: list[dict]) -> dict:
-    """Of one model's rounds with one batch size."""
-    times = {name: [result[name] for result in rounds] for name in ("step_ms", "forward_ms")}
-    summary = rounds[0] | {name: statistics.median(values) for name, values in times.items()}
-    summary["tokens_per_second"] = 1000 * summary["batch_size"] / summary["step_ms"]
-    summary["forward_tokens_per_second"] = 1000 * summary["batch_size"] / summary["forward_ms"]
-    return summary | {"rounds": times}
+def summarize(rounds: list[dict], batch_size: int) -> dict:
+    """Medians of one model's times, of all tokens and of those of each round."""
+    summary = {"rounds": {}}
+    for name in ("step", "forward"):
+        times = [times[f"{name}_ms"] for times in rounds]
+        summary[f"{name}_ms"] = statistics.median(itertools.chain(*times))
+        summary["rounds"][f"{name}_ms"] = [statistics.median(of_one) for of_one in times]
+    summary["tokens_per_second"] = 1000 * batch_size / summary["step_ms"]
+    summary["forward_tokens_per_second"] = 1000 * batch_size / summary["forward_ms"]
+    return summary
 
 
 def main():
@@ -124,7 +124,7 @@ def main():
     parser.add_argument("--size", default="small", choices=list(SIZES))
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 64])
     parser.add_argument("--new_tokens", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=20)
     skip_help = "by `torch.compiler.skip_guard_on_all_nn_modules_unsafe`"
     parser.add_argument("--skip_guards", action="store_true", help=skip_help)
     parser.add_argument("--output", help="JSON file to write")
@@ -132,12 +132,23 @@ def main():
     if args.rounds < 1:
         parser.error(f"--rounds: {args.rounds}; allowed: at least 1")
 
-    rounds = {(batch_size, name): [] for batch_size in args.batch_sizes for name in args.models}
-    for name in args.rounds * args.models:
-        for result in measure(name, args):
-            rounds[result["batch_size"], name].append(result)
-        free_memory()
-    results = [summarize(each) for each in rounds.values()]
+    context, connections = multiprocessing.get_context("spawn"), {}
+    for name in args.models:
+        connections[name], theirs = context.Pipe()
+        context.Process(target=decode, args=(theirs, name, args), daemon=True).start()
+        theirs.close()  # theirs alone, so that the end of a process that fails is seen here
+    results = []
+    for batch_size in args.batch_sizes:
+        compiled = {name: connection.recv() for name, connection in connections.items()}
+        rounds = {name: [] for name in connections}
+        for _ in range(args.rounds):
+            for name, connection in connections.items():
+                connection.send(True)
+                rounds[name].append(connection.recv())
+        for name, connection in connections.items():
+            connection.send(False)
+            model = {"batch_size": batch_size, "model": name, "compiled": compiled[name]}
+            results.append(model | summarize(rounds[name], batch_size))
     add_ratios(results, "forward_tokens_per_second", within=("batch_size",))
     for result in results:
         result["forward_ratio"] = result["ratio"]

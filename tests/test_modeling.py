@@ -31,6 +31,7 @@ from conftest import (
     tiny_model,
 )
 from safetensors.torch import load_file
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModel,
@@ -525,9 +526,16 @@ def test_compiled_training(variant, backend, checkpointing):
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    loss = compiled(tokens, labels=tokens, use_cache=False).loss
-    loss.backward()
-    close(loss.detach(), expected_loss)
+
+    def step():
+        loss = compiled(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    loss, programs = run_and_get_code(step)
+    # Rotary angles, of which otherwise each layer would take cosine and sine for itself
+    assert [program.count("sin(") for program in programs] == [1, 1] * (backend == "inductor")
+    close(loss, expected_loss)
     gradients_close({name: parameter.grad for name, parameter in model.named_parameters()}, expected_gradients)
 
 

@@ -105,12 +105,17 @@ class DDLRotaryEmbedding(LlamaRotaryEmbedding):
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if x.dtype != torch.float64 or self.rope_type != "default":
-            return super().forward(x, position_ids)
-        rotary_dim = 2 * self.inv_freq.shape[0]
-        exponents = torch.arange(0, rotary_dim, 2, device=x.device, dtype=x.dtype) / rotary_dim
-        angles = position_ids[..., None] * self.config.rope_parameters["rope_theta"] ** -exponents
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+            cos, sin = super().forward(x, position_ids)
+        else:
+            rotary_dim = 2 * self.inv_freq.shape[0]
+            exponents = torch.arange(0, rotary_dim, 2, device=x.device, dtype=x.dtype) / rotary_dim
+            angles = position_ids[..., None] * self.config.rope_parameters["rope_theta"] ** -exponents
+            angles = torch.cat((angles, angles), dim=-1)
+            cos, sin = angles.cos(), angles.sin()
+        if torch.compiler.is_compiling() and not is_exporting():
+            # Inductor would compute them again in each layer for each head; what this is taken of, it keeps in memory
+            cos, sin = cos.as_strided(cos.size(), cos.stride()), sin.as_strided(sin.size(), sin.stride())
+        return cos, sin
 
 
 def delta_rewrite(

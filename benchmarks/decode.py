@@ -28,7 +28,7 @@ import itertools
 import multiprocessing
 import statistics
 import tempfile
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 
 import torch
 from common import DEVICE, MODELS, SIZES, add_ratios, build, now, report
@@ -139,7 +139,10 @@ def main():
         theirs.close()  # theirs alone, so that the end of a process that fails is seen here
     results = []
     for batch_size in args.batch_sizes:
-        compiled = {name: connection.recv() for name, connection in connections.items()}
+        compiled, names = {}, {connection: name for name, connection in connections.items()}
+        while len(compiled) < len(connections):  # whichever is first: it may have failed
+            for connection in wait([connection for connection, name in names.items() if name not in compiled]):
+                compiled[names[connection]] = connection.recv()
         rounds = {name: [] for name in connections}
         for _ in range(args.rounds):
             for name, connection in connections.items():

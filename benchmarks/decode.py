@@ -132,26 +132,25 @@ def main():
     if args.rounds < 1:
         parser.error(f"--rounds: {args.rounds}; allowed: at least 1")
 
-    context, connections = multiprocessing.get_context("spawn"), {}
+    context, models = multiprocessing.get_context("spawn"), {}
     for name in args.models:
-        connections[name], theirs = context.Pipe()
+        connection, theirs = context.Pipe()
         context.Process(target=decode, args=(theirs, name, args), daemon=True).start()
         theirs.close()  # theirs alone, so that the end of a process that fails is seen here
+        models[connection] = name
     results = []
     for batch_size in args.batch_sizes:
-        compiled, names = {}, {connection: name for name, connection in connections.items()}
-        while len(compiled) < len(connections):  # whichever is first: it may have failed
-            for connection in wait([connection for connection, name in names.items() if name not in compiled]):
-                compiled[names[connection]] = connection.recv()
-        rounds = {name: [] for name in connections}
-        for _ in range(args.rounds):
-            for name, connection in connections.items():
-                connection.send(True)
-                rounds[name].append(connection.recv())
-        for name, connection in connections.items():
+        compiled, rounds = {}, {connection: [] for connection in models}
+        while len(compiled) < len(models):
+            for connection in wait(models.keys() - compiled.keys()):
+                compiled[connection] = connection.recv()
+        for connection in args.rounds * list(models):
+            connection.send(True)
+            rounds[connection].append(connection.recv())
+        for connection, name in models.items():
             connection.send(False)
-            model = {"batch_size": batch_size, "model": name, "compiled": compiled[name]}
-            results.append(model | summarize(rounds[name], batch_size))
+            model = {"batch_size": batch_size, "model": name, "compiled": compiled[connection]}
+            results.append(model | summarize(rounds[connection], batch_size))
     add_ratios(results, "forward_tokens_per_second", within=("batch_size",))
     for result in results:
         result["forward_ratio"] = result["ratio"]

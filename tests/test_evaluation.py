@@ -122,6 +122,8 @@ def test_bits_per_byte_leaves_the_mode_of_the_model(tokenizer, tmp_path):
         ({"predictions": ["", ""]}, "must hold text"),
         ({"stride": 65}, r"between 1 and max_length \(64\), got 65"),
         ({"stride": -1}, "got -1"),
+        ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
         ({"stride": 0}, "got 0"),
     ],
 )
@@ -235,6 +237,7 @@ def test_command_on_text(tokenizer, workplace, capsys):
         (["--text", "setup.cfg"], "model: cannot load 'nowhere'"),
         (["--text", "setup.cfg", "--batch-size", "0"], "--batch-size: must be at least 1, got 0"),
         (["--text", "setup.cfg", "--stride", "0"], "--stride: must be at least 1, got 0"),
+        (["--tasks", "opposites", "--include-path", "nowhere"], "--include-path: no folder 'nowhere'"),
         (["--tasks", "opposites", "--num-fewshot", "-1"], "--num-fewshot: must be at least 0, got -1"),
         (["--tasks", "opposites", "--limit", "0"], "--limit: must be at least 1, got 0"),
         (["--text", "setup.cfg", "--output", "missing/results.json"], "--output: no folder 'missing'"),
@@ -246,6 +249,12 @@ def test_unusable_input_of_the_command(options, message, workplace, only_local_t
     assert main(["evaluate", "nowhere", *options]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
+
+
+def test_stride_beyond_the_context(workplace, tokenizer, capsys):
+    folder = save(make_model("cc", tokenizer), tokenizer, workplace / "model")
+    assert main(["evaluate", folder, "--text", "setup.cfg", "--stride", "65"]) == 2
+    assert capsys.readouterr().err.endswith("error: --stride: must be at most the model's context, 64, got 65\n")
 
 
 @pytest.mark.parametrize("kind", ["missing", "file", "empty", "link", "dangling link"])

@@ -585,6 +585,18 @@ def test_messages_that_are_none(tmp_path, messages):
         read_examples(ExampleArguments(str(tmp_path / "chats.jsonl")))
 
 
+def test_labels_that_are_numbers_keep_their_order(tmp_path):
+    """Where they count from zero, each is its own index, also beyond ten; others stay in the order of their size."""
+    for labels in (range(12), (-2, 3, 20)):
+        rows = [{"text": f"text {i} of {label}", "label": label} for label in labels for i in range(9)]
+        write_json_lines(tmp_path / "labels.jsonl", rows)
+        corpus = read_examples(ExampleArguments(str(tmp_path / "labels.jsonl"), task="classification", held_out=0.3))
+        names = corpus.train.features["label"].names
+        assert names == corpus.held_out.features["label"].names == [str(label) for label in labels]
+        for part in (corpus.train, corpus.held_out):
+            assert [names[label] for label in part["label"]] == [text.split()[-1] for text in part["text"]]
+
+
 def test_copies_fall_on_the_same_side(tmp_path):
     write_json_lines(tmp_path / "a.jsonl", LABELLED * 2)
     args = ExampleArguments(str(tmp_path / "*.jsonl"), task="classification", held_out=0.3)
@@ -634,6 +646,7 @@ def test_examples_whose_answer_is_cut_off_are_counted(workplace, packing):
         (["--lora.r", "many"], "lora.r: 'many' has the wrong type; allowed: int"),
         (["--lora.rang", "4"], "lora.rang: unknown field; allowed, among others: "),
         (["--lora.r", "4"], "lora: Please specify `target_modules`"),
+        (["--lora.target_modules", "[embed_tokens]"], "lora.target_modules: an adapter of embed_tokens or lm_head, which share"),
         (["--lora.target_modules", "[nothing]"], "lora: Target modules {'nothing'} not found"),
         (["--lora.task_type", "CAUSAL_LM"], "lora.task_type: cannot be set, the task decides it"),
         (["--training.output_dir", "base"], "training.output_dir: 'base' holds a run with another "),

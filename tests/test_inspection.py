@@ -395,6 +395,7 @@ def test_unusable_input(options, message, tokenizer, workplace, capsys):
     assert main(["inspect", *options]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
+    assert not (workplace / "inspection").exists()
 
 
 # ---- The log of a training ----

@@ -446,7 +446,7 @@ def test_runs_are_reproducible(workplace):
             ["--data.source", "[{weight: 1}]"],
             "data: source: {'weight': 1} must have the field source and no others but",
         ),
-        (["--data.source", "[{source: corpus.txt, weight: -1}]"], "data: weight must be positive, got -1"),
+        (["--data.source", "[{source: corpus.txt, weight: -1}]"], "data: weight must be a positive number, got -1"),
         (
             ["--data.source", "[{source: corpus.txt}]", "--data.subset", "small"],
             "data: text_column and subset are fields of each source of a mixture",

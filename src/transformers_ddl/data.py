@@ -92,8 +92,9 @@ class TextSource:
             value = getattr(self, name)
             if not isinstance(value, str) and not (name == "subset" and value is None):
                 raise ValueError(f"{name} must be a string, got {value!r}")
-        if not isinstance(self.weight, int | float) or not 0 < self.weight < math.inf:
-            raise ValueError(f"weight must be positive, got {self.weight}")
+        is_number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if not is_number or not 0 < self.weight < math.inf:
+            raise ValueError(f"weight must be a positive number, got {self.weight!r}")
 
 
 @dataclass

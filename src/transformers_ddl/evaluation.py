@@ -75,7 +75,8 @@ Returns:
         num_tokens, num_bytes (`int`): of all texts, without special tokens.
 
 Raises:
-    `ValueError`: for texts without a token, a stride out of range, or a tokenizer without a token to begin with.
+    `ValueError`: for texts without a token, a length, stride or batch size out of range, or a tokenizer without a token to
+        begin with.
 """
 
 
@@ -100,8 +101,11 @@ class BitsPerByte(evaluate.Metric):
         stride: int | None = None,
         batch_size: int = 8,
     ) -> dict[str, float]:
-        max_length = max_length or model.config.max_position_embeddings
+        max_length = model.config.max_position_embeddings if max_length is None else max_length
         stride = max_length if stride is None else stride
+        for name, value in {"max_length": max_length, "batch_size": batch_size}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if not 1 <= stride <= max_length:
             raise ValueError(f"stride must lie between 1 and max_length ({max_length}), got {stride}")
         first_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -206,6 +210,8 @@ def check_writable(path: Path):
 def evaluate_text(options: argparse.Namespace) -> dict:
     texts = read_texts("--text", options.text)
     model, tokenizer = load_model(options.model, device_map="auto")
+    if options.stride is not None and options.stride > (context := model.config.max_position_embeddings):
+        raise InputError(f"--stride: must be at most the model's context, {context}, got {options.stride}")
     try:
         results = BitsPerByte(keep_in_memory=True).compute(
             predictions=texts, model=model, tokenizer=tokenizer, stride=options.stride, batch_size=options.batch_size
@@ -228,6 +234,8 @@ def evaluate_tasks(options: argparse.Namespace) -> dict:
     except ImportError as error:
         raise InputError(f"--tasks: needs pip install 'transformers_ddl[evaluate]': {error}") from error
 
+    if options.include_path is not None and not Path(options.include_path).is_dir():
+        raise InputError(f"--include-path: no folder {options.include_path!r}; allowed: one with YAML files of tasks")
     manager = TaskManager(include_path=options.include_path)
     names = PAPER_TASKS if options.tasks == "paper" else options.tasks.split(",")
     tasks = []

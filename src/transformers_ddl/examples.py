@@ -122,6 +122,9 @@ def select_columns(rows: Dataset, args: ExampleArguments) -> Dataset:
             raise InputError(f"data.label_column: {args.label_column!r} holds {dtype}; allowed: strings or integers")
         with reading(args.source):
             rows = rows.class_encode_column("label")
+        if "int" in dtype:  # which are encoded in the order of their digits
+            labels = sorted(rows.features["label"].names, key=int)
+            rows = rows.align_labels_with_mapping({label: index for index, label in enumerate(labels)}, "label")
     return rows
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
     DataCollatorWithPadding,
@@ -217,9 +218,30 @@ def load_trained_model(
         model = load_base_model(model_class, run.model, dtype)
         with blaming("lora"):
             model = get_peft_model(model, run.lora)
+        check_tied_weights(model)
         if all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.requires_grad):
             break
     return model
+
+
+def check_tied_weights(model: PeftModel):
+    """
+    Raises:
+        `InputError`: if there is an adapter of a weight that embeddings and head share: what is merged for the one, the other gets too.
+    """
+    modules = [
+        module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None
+    ]
+    if not any(isinstance(module, BaseTunerLayer) for module in modules) or len(modules) == 1:
+        return
+    embeddings, head = (
+        module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in modules
+    )
+    if embeddings.weight is head.weight:
+        raise InputError(
+            "lora.target_modules: an adapter of embed_tokens or lm_head, which share their weight (tie_word_embeddings), cannot be "
+            "merged; allowed: neither of them, or modules_to_save: [embed_tokens]"
+        )
 
 
 class DDLSFTTrainer(ResumableTrainer, SFTTrainer):

@@ -78,15 +78,10 @@ def main(arguments: list[str]):
     options = parser.parse_args(arguments)
     if options.max_tokens < 1:
         raise InputError(f"--max-tokens: must be at least 1, got {options.max_tokens}")
-    folder = Path(options.output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output: cannot make {options.output!r}: {error}") from error
     texts = read_texts("--text", options.text)
     model, tokenizer = load_model(options.model, device_map="auto")
 
-    windows, left = [], options.max_tokens
+    folder, windows, left = Path(options.output), [], options.max_tokens
     for text in texts:
         tokens = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[:left]
         left -= len(tokens)
@@ -98,10 +93,13 @@ def main(arguments: list[str]):
         raise InputError("--text: must hold text, got none")
     try:
         with torch.no_grad(), record_delta_stats(model) as stats:
+            folder.mkdir(parents=True, exist_ok=True)
             for window in windows:
                 model(torch.tensor([window], device=model.device), use_cache=False)
     except ValueError as error:
         raise InputError(f"model: {error}") from error
+    except OSError as error:
+        raise InputError(f"--output: cannot make {options.output!r}: {error}") from error
 
     shown = [tokenizer.decode(token) for token in windows[0][:NUM_TOKENS_SHOWN]]
     num_tokens = options.max_tokens - left

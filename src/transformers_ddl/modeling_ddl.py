@@ -640,7 +640,7 @@ def begin_sublayer(
 
     if write:
         state = carry_out(config, state, *write)
-    if isinstance(residual, (DDLHyperConnection, DDLManifoldHyperConnection)):
+    if config.reads_by_residual and residual is not None:  # which an adapter's library may have wrapped
         hidden_states, weights = residual(state)
         return state, hidden_states, norm(hidden_states), weights, ()
     hidden_states = compressor(

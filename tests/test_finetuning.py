@@ -223,6 +223,18 @@ def test_trains_in_float32_whatever_is_stored(stored, workplace):
     shutil.rmtree("stored")
 
 
+@pytest.mark.parametrize(
+    ("config", "lora"),
+    [("sft.yaml", {"modules_to_save": "[embed_tokens]"}), ("classify.yaml", {"target_modules": "[embed_tokens]"})],
+)
+def test_embeddings_are_trained_beside_adapters(config, lora, workplace):
+    """As copies, or where no head has the same weight."""
+    options = [f"--lora.{name}={value}" for name, value in ({"target_modules": "[q_proj]"} | lora).items()]
+    settings = read_settings([config], ["--training.output_dir", "unused", *options])
+    model = prepare(FinetuningRun.from_settings(settings))[0].model
+    assert any("embed_tokens" in name and weight.requires_grad for name, weight in model.named_parameters())
+
+
 def gates(checkpoint):
     history = json.loads(Path(checkpoint, "trainer_state.json").read_text())["log_history"]
     return [value for entry in history for name, value in entry.items() if name == "gate/01.mlp"]
@@ -646,7 +658,9 @@ def test_examples_whose_answer_is_cut_off_are_counted(workplace, packing):
         (["--lora.r", "many"], "lora.r: 'many' has the wrong type; allowed: int"),
         (["--lora.rang", "4"], "lora.rang: unknown field; allowed, among others: "),
         (["--lora.r", "4"], "lora: Please specify `target_modules`"),
-        (["--lora.target_modules", "[embed_tokens]"], "lora.target_modules: an adapter of embed_tokens or lm_head, which share"),
+        (["--lora.target_modules", "[embed_tokens]"], "lora: an adapter of embed_tokens or lm_head, which share their"),
+        (["--lora.target_modules=[q_proj]", "--lora.trainable_token_indices=[1]"], "lora: an adapter of embed_tokens or"),
+        (["--lora.target_parameters", "[embed_tokens.weight]"], "lora: an adapter of embed_tokens or lm_head, which share"),
         (["--lora.target_modules", "[nothing]"], "lora: Target modules {'nothing'} not found"),
         (["--lora.task_type", "CAUSAL_LM"], "lora.task_type: cannot be set, the task decides it"),
         (["--training.output_dir", "base"], "training.output_dir: 'base' holds a run with another "),

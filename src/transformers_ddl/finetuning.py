@@ -25,6 +25,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TrainableTokensWrapper
 from torch import nn
 from transformers import (
     DataCollatorWithPadding,
@@ -210,38 +211,29 @@ def load_trained_model(
     """
     The model, or one around it whose adapters are trained. What is trained is in float32: for adapters alone, the model
     itself may stay in the dtype that it is stored in.
+
+    Raises:
+        `InputError`: if there can be no such adapters.
     """
     if run.lora is None:
         return load_base_model(model_class, run.model)
     run.lora.task_type = task_type
     for dtype in ("auto", torch.float32):
         model = load_base_model(model_class, run.model, dtype)
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        is_tied = head is not None and head.weight is embeddings.weight
         with blaming("lora"):
             model = get_peft_model(model, run.lora)
-        check_tied_weights(model)
+        adapted = (model.get_input_embeddings(), model.get_output_embeddings())
+        if is_tied and any(isinstance(module, BaseTunerLayer | TrainableTokensWrapper) for module in adapted):
+            # What is merged for the one, the other gets too; and TRL cannot train tokens of a head
+            raise InputError(
+                "lora: an adapter of embed_tokens or lm_head, which share their weight (tie_word_embeddings), cannot be merged; "
+                "allowed: neither of them, or modules_to_save: [embed_tokens]"
+            )
         if all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.requires_grad):
             break
     return model
-
-
-def check_tied_weights(model: PeftModel):
-    """
-    Raises:
-        `InputError`: if there is an adapter of a weight that embeddings and head share: what is merged for the one, the other gets too.
-    """
-    modules = [
-        module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None
-    ]
-    if not any(isinstance(module, BaseTunerLayer) for module in modules) or len(modules) == 1:
-        return
-    embeddings, head = (
-        module.get_base_layer() if isinstance(module, BaseTunerLayer) else module for module in modules
-    )
-    if embeddings.weight is head.weight:
-        raise InputError(
-            "lora.target_modules: an adapter of embed_tokens or lm_head, which share their weight (tie_word_embeddings), cannot be "
-            "merged; allowed: neither of them, or modules_to_save: [embed_tokens]"
-        )
 
 
 class DDLSFTTrainer(ResumableTrainer, SFTTrainer):

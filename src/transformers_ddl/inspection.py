@@ -17,6 +17,7 @@ import argparse
 import base64
 import json
 import math
+import os
 from html import escape
 from pathlib import Path
 
@@ -78,10 +79,14 @@ def main(arguments: list[str]):
     options = parser.parse_args(arguments)
     if options.max_tokens < 1:
         raise InputError(f"--max-tokens: must be at least 1, got {options.max_tokens}")
+    folder = Path(options.output)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"--output: cannot make {options.output!r}; allowed: a folder that can be written to")
     texts = read_texts("--text", options.text)
     model, tokenizer = load_model(options.model, device_map="auto")
 
-    folder, windows, left = Path(options.output), [], options.max_tokens
+    windows, left = [], options.max_tokens
     for text in texts:
         tokens = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[:left]
         left -= len(tokens)
@@ -93,11 +98,12 @@ def main(arguments: list[str]):
         raise InputError("--text: must hold text, got none")
     try:
         with torch.no_grad(), record_delta_stats(model) as stats:
-            folder.mkdir(parents=True, exist_ok=True)
             for window in windows:
                 model(torch.tensor([window], device=model.device), use_cache=False)
     except ValueError as error:
         raise InputError(f"model: {error}") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output: cannot make {options.output!r}: {error}") from error
 

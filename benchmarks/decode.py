@@ -16,8 +16,8 @@ Tokens per second of `generate` (greedy, static cache, bf16), compiled with CUDA
 itself: of whole steps, and of the forward pass alone (the inputs' preparation included, choosing the token not), which is what
 models differ in. Ratios are to the first model of the run. At every token, compiled models check that each of their modules and parameters is
 what it was when they were compiled, unless `--skip_guards` says that nothing will change (docs/serving.md). A busy host changes results by
-a third from one second to the next, and from one core to another: each model is compiled in a process of its own, all take turns for so many
-`--rounds`, one at a time and on the same core, and the medians of all tokens' times are taken.
+a third from one second to the next: each model is compiled in a process of its own, all take turns for so many `--rounds`, one at a time, and
+the medians of all tokens' times are taken.
 
     python benchmarks/decode.py --output outputs/decode.json
     python benchmarks/decode.py --size toy --batch_sizes 1 3 --new_tokens 24     # on a CPU
@@ -26,7 +26,6 @@ a third from one second to the next, and from one core to another: each model is
 import argparse
 import itertools
 import multiprocessing
-import os
 import statistics
 import tempfile
 from multiprocessing.connection import Connection, wait
@@ -92,12 +91,9 @@ def decode(connection: Connection, name: str, args: argparse.Namespace):
     if args.skip_guards:
         skip_guards = torch.compiler.skip_guard_on_all_nn_modules_unsafe
         compile_config.mode, compile_config.options = None, {"triton.cudagraphs": True, "guard_filter_fn": skip_guards}
-    cores = os.sched_getaffinity(0) if DEVICE == "cuda" else None
     for batch_size in args.batch_sizes:
         torch.compiler.reset()  # or a second batch size would be compiled for any
         generate(model, batch_size, args.new_tokens, compile_config)
-        if cores is not None:  # what else runs beside a core slows down all models alike
-            os.sched_setaffinity(0, {max(cores)})
         connection.send(hasattr(model, "_compiled_call"))
         while connection.recv():
             logits_clock, token_clock = LogitsClock(), TokenClock()
@@ -107,8 +103,6 @@ def decode(connection: Connection, name: str, args: argparse.Namespace):
             steps = [1000 * (later - earlier) for earlier, later in zip(tokens, tokens[1:])]
             forwards = [1000 * (later - earlier) for earlier, later in zip(tokens, logits[1:])]
             connection.send({"step_ms": steps, "forward_ms": forwards})
-        if cores is not None:
-            os.sched_setaffinity(0, cores)
 
 
 def summarize(rounds: list[dict], batch_size: int) -> dict:

@@ -42,7 +42,7 @@ class ExampleArguments:
             `sft`: to answer. Rows have a column `messages`, a conversation of `{"role": ..., "content": ...}`, or the columns
             `prompt` and `completion`, both texts or both conversations. `classification`: to label a text.
         text_column (`str`, defaults to `"text"`), label_column (`str`, defaults to `"label"`):
-            The columns for `classification`. Labels are strings or integers.
+            The columns for `classification`. Labels are strings or integers, by whose order the model numbers them.
         subset (`str`, *optional*):
             The configuration of a Hub dataset that has several.
         held_out (`float`, defaults to 0.05):

@@ -18,6 +18,7 @@ they take steps in turn.
 
     python benchmarks/train_step.py --sizes small medium --output outputs/train_step.json
     python benchmarks/train_step.py --sizes small --models llama additive cc --eager --liger cc
+    python benchmarks/train_step.py --sizes small --cuda_graphs
     python benchmarks/train_step.py --sizes quickstart --eager --steps 40     # on a CPU
 """
 
@@ -40,17 +41,22 @@ LOSS_ALONE = {"rope": False, "rms_norm": False, "swiglu": False}
 
 
 def training_step(
-    model: torch.nn.Module, tokens: torch.Tensor, compiled: bool, max_grad_norm: float | None = None
+    model: torch.nn.Module,
+    tokens: torch.Tensor,
+    compiled: bool,
+    max_grad_norm: float | None = None,
+    compile_mode: str | None = None,
 ) -> Callable[[], torch.Tensor]:
     """
     A function that makes a step (forward under bf16 autocast on a GPU, backward, clipping if there is a norm to clip to, fused
-    AdamW) and returns its loss.
+    AdamW) and returns its loss. The mode is `torch.compile`'s.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    forward = torch.compile(model) if compiled else model
+    forward = torch.compile(model, mode=compile_mode) if compiled else model
     options = {"skip_logits": True} if isinstance(model, DDLForCausalLM) else {}  # as `DDLTrainer`
 
     def step():
+        torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=tokens.is_cuda):
             loss = forward(input_ids=tokens, labels=tokens, use_cache=False, **options).loss
         loss.backward()
@@ -64,18 +70,23 @@ def training_step(
 
 
 def measure(names: list[str], size: str, batch: tuple[int, int], args: argparse.Namespace) -> list[dict]:
-    """Median milliseconds of a step of each model, all of which are in memory, and its peak in GiB on a GPU."""
+    """
+    Median milliseconds of a step of each model, all of which are in memory, and its peak in GiB on a GPU, unless it lies in the
+    pools of CUDA graphs.
+    """
     steps = {}
+    measures_memory = DEVICE == "cuda" and not args.cuda_graphs
+    compile_mode = "reduce-overhead" if args.cuda_graphs else None
     tokens = torch.randint(SIZES[size]["vocab_size"], batch, device=DEVICE)
     for name in names:
         model = build(name, size).to(DEVICE).train()
         if name in args.liger:
             apply_liger_kernel(model, {} if args.eager else LOSS_ALONE)
-        steps[name] = training_step(model, tokens, compiled=not args.eager)
+        steps[name] = training_step(model, tokens, compiled=not args.eager, compile_mode=compile_mode)
     for _ in range(WARMUP):
         for step in steps.values():
             step()
-    if DEVICE == "cuda":
+    if measures_memory:
         torch.cuda.reset_peak_memory_stats()
     # As in training, steps are launched while the device is still at those before
     marks, losses = {name: [] for name in names}, {}
@@ -91,11 +102,12 @@ def measure(names: list[str], size: str, batch: tuple[int, int], args: argparse.
             "size": size,
             "model": name,
             "compiled": not args.eager,
+            "cuda_graphs": args.cuda_graphs,
             "liger": name in args.liger,
             "tokens": tokens.numel(),
             "milliseconds": 1000 * statistics.median(times[name]),
             "thousand_tokens_per_second": tokens.numel() / statistics.median(times[name]) / 1000,
-            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None,
+            "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if measures_memory else None,
             "loss": losses[name].item(),
         }
         for name in names
@@ -109,11 +121,15 @@ def main():
     parser.add_argument("--batch_size", type=int, help="sequences, instead of the size's")
     parser.add_argument("--seq_length", type=int, help="tokens in each, instead of the size's")
     parser.add_argument("--eager", action="store_true", help="measure without torch.compile")
+    graphs_help = "forward and backward in CUDA graphs, so that the host does not matter"
+    parser.add_argument("--cuda_graphs", action="store_true", help=graphs_help)
     liger_help = "these models with Liger's kernels; compiled, with its loss alone"
     parser.add_argument("--liger", nargs="+", default=[], choices=list(MODELS), help=liger_help)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args()
+    if args.cuda_graphs and (args.eager or DEVICE == "cpu"):
+        parser.error("--cuda_graphs: for compiled steps on a GPU; allowed: without --eager, where there is a GPU")
     if not set(args.liger) <= set(args.models):
         parser.error(f"--liger: {args.liger}; allowed: some of --models")
 
@@ -125,7 +141,7 @@ def main():
             free_memory()
     add_ratios(results, "thousand_tokens_per_second", within=("size",))
     columns = {"size": "", "model": "", "milliseconds": ".2f", "thousand_tokens_per_second": ".1f", "ratio": ".3f"}
-    if DEVICE == "cuda":
+    if DEVICE == "cuda" and not args.cuda_graphs:
         columns |= {"peak_gib": ".2f"}
     report(results, columns | {"loss": ".4f"}, args.output, steps=args.steps)
 

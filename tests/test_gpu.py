@@ -18,6 +18,7 @@ import copy
 import pytest
 import torch
 from conftest import TINY, VARIANTS, all_gradients, random_tokens, tiny_model
+from torch._dynamo.utils import counters
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -146,6 +147,31 @@ def test_export(variant):
     inputs = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
     with torch.no_grad():
         near(program.module()(**inputs).logits[mask.bool()], model(**inputs).logits[mask.bool()])
+
+
+@variants
+def test_training_in_cuda_graphs(variant):
+    """Losses of six steps, of which the first ones record the graphs, are those without compiling; nothing stays out of graphs."""
+    torch.compiler.reset()
+    counters.clear()
+    model, tokens = gpu_model(variant).train(), random_tokens(4, 12).cuda()
+    compiled = copy.deepcopy(model)
+    compiled.compile(fullgraph=True, mode="reduce-overhead")
+
+    def losses(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.005)
+        for _ in range(6):
+            torch.compiler.cudagraph_mark_step_begin()
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield loss.item()
+
+    expected = torch.tensor(list(losses(model)))
+    assert expected[0] - expected[-1] > 1e-3
+    torch.testing.assert_close(torch.tensor(list(losses(compiled))), expected, rtol=1e-4, atol=0)
+    assert not counters["inductor"]["cudagraph_skips"]
 
 
 @pytest.fixture(scope="module")

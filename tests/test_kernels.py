@@ -354,7 +354,7 @@ NAMES = ["state", "context", "target", "gate"] + [
     [(1.0, 0.7), (1e4, 0.7), (1e-6, 0.7), (0.0, 0.7), (1.0, 0.0), (1.0, 2.0), (1.0, 1e-7)],
     ids=["ordinary", "huge-direction", "tiny-direction", "zero-direction", "gate-0", "gate-2", "gate-nearly-0"],
 )
-@pytest.mark.parametrize("shape", [(1, 1, 8), (5, 4, 33), (3, 3, 130), (129, 2, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 8), (5, 4, 33), (3, 3, 130), (129, 1, 8), (129, 2, 8)], ids=str)
 def test_boundary_at_extremes(shape, direction_scale, gate_value):
     torch.manual_seed(0)
     tokens, n, d = shape

@@ -395,7 +395,8 @@ def boundary_forward_kernel(
     VALUE_ACTIVATION: tl.constexpr,  # 0 identity, 1 sigmoid, 2 constant
     PRELOAD: tl.constexpr,
 ):
-    # For single tokens, which wait for the memory rather than for registers, and whose parameters are in no cache
+    # For single tokens, which wait for the memory rather than for registers, and whose parameters are in no cache; and for states of
+    # one channel, which leave registers for them
     if PRELOAD:
         parameters = load_parameters(
             mixing_ptr, norm_weight_ptr, value_weight_ptr, gate_weight_ptr, gate_bias_ptr,
@@ -941,7 +942,12 @@ def boundary_op(
             **launch_sizes(*state.shape[1:], num_values, backward=False),
         )  # fmt: skip
         # Resident programs, 132 or more on an H200, depend on it. For 16 warps there are no registers for the parameters
-        options["PRELOAD"] = state.shape[0] <= 128 and options["num_warps"] <= 8
+        num_tokens, n, d = state.shape
+        registers = (2 + num_values + (0 if mixing is None else n)) * d // (32 * options["num_warps"])
+        if num_tokens <= 128:
+            options["PRELOAD"] = options["num_warps"] <= 8 and registers <= 192
+        else:
+            options["PRELOAD"] = n == 1 and registers <= 96
         if direction is not None and options["num_warps"] == 8 and not options["PRELOAD"] and torch.version.cuda:
             options["maxnreg"] = 128  # room for two programs on a multiprocessor
         num_programs = resident_programs(boundary_forward_kernel, *args, **options)

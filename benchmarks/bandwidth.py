@@ -15,8 +15,8 @@
 Achieved bandwidth of the fused boundary kernels, as share of a device copy's in the same run: medians, of the kernels in
 replayed CUDA graphs, of the copy by itself.
 Bytes counted are those of the state and of vectors of the hidden size, once each: forward reads X and k̃ and writes X' and c;
-backward reads X, G, k̃ and ∂c and writes ∂X and ∂k̃, and reads one k̃ more for each write from which it rebuilds X. Compression
-over tokens takes more than one kernel each way, between which 2 vectors more move forward, and 7 backward.
+backward reads X, G, k̃ and two ∂c (of an MLP's maps) and writes ∂X and ∂k̃, and reads one k̃ more for each write from which it
+rebuilds X. Compression over tokens takes more than one kernel each way, between which 2 vectors more move forward, and 7 backward.
 
     python benchmarks/bandwidth.py --output outputs/bandwidth.json
     TRITON_INTERPRET=1 TRANSFORMERS_DDL_KERNELS=1 python benchmarks/bandwidth.py --channels 1 4 --sizes 32 --tokens 8 --dtype float32
@@ -31,7 +31,7 @@ from common import DEVICE, now, report
 
 from transformers_ddl import DDLConfig
 from transformers_ddl.modeling_ddl import DDLDecoderLayer
-from transformers_ddl.ops_ddl import NUM_REPLAYS, can_fuse, fused_boundary
+from transformers_ddl.ops_ddl import can_fuse, fused_boundary
 
 
 REPEATS = 20
@@ -109,16 +109,21 @@ def measure(compressor: str | None, n: int, d: int, num_tokens: int, dtype: torc
 
     inputs = [tensor for tensor in (state, *write, mixing) if tensor is not None]
     inputs += [parameter for module in modules for parameter in module.parameters()]
-    for replays in sorted({0, NUM_REPLAYS}):
+    num_readers = layer.mlp.forward.num_readers
+    for replays in (0, 3):
         history = ()
         for _ in range(replays):  # each of a write of its own, or its k̃ would be in the cache
             *_, history = fused_boundary(config, state, random_write(), mixing, *modules, history)
-        new_state, context, weights, _ = fused_boundary(config, state, write, mixing, *modules, history)
-        outputs = (new_state, context, *weights)
+        new_state, contexts, weights, _ = fused_boundary(
+            config, state, write, mixing, *modules, history, num_readers=num_readers
+        )
+        outputs = (new_state, *contexts, *weights)
         cotangents = [torch.randn_like(output) for output in outputs]
         backward = seconds(lambda: torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True))  # noqa: B023
         name = f"backward, {replays} replayed"
-        measured.append((name, backward, 3 * state_bytes + (3 + between_backward + replays) * vector_bytes))
+        measured.append(
+            (name, backward, 3 * state_bytes + (2 + num_readers + between_backward + replays) * vector_bytes)
+        )
     shape = {"compressor": str(compressor), "n": n, "d": d}
     return [
         {"kernel": name, **shape, "microseconds": 1e6 * time, "terabytes_per_second": num_bytes / time / 1e12}

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig, DynamicCache
 from transformers.masking_utils import find_packed_sequence_indices
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from transformers_ddl import DDLForCausalLM, ops_ddl
 from transformers_ddl.modeling_ddl import DDLEmbeddingConvolution, DDLTokenCompressor, delta_rewrite
@@ -336,7 +337,7 @@ def boundary(state, direction, target, gate, dtype):
         new_gate = 2 * torch.sigmoid(context @ gate_weight + gate_bias)
         outputs = [new_state, context, new_target, new_gate]
     else:
-        options = (1e-5, 1e-5, n, 4.0, VALUE_ACTIVATIONS["sigmoid"], False, True, True)
+        options = (1e-5, 1e-5, n, 4.0, VALUE_ACTIVATIONS["sigmoid"], False, True, True, 1)
         outputs = boundary_op(*inputs[:4], None, None, *inputs[4:], state, [], *options)[:4]
     generator = torch.Generator().manual_seed(3)
     cotangents = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
@@ -399,15 +400,19 @@ def test_operator_registrations():
     """Schema, fake tensors and autograd registration agree with what the operator does (`torch.library.opcheck`)."""
     from transformers_ddl.ops_ddl import walk
     from transformers_ddl.ops_triton_conv_ddl import convolution_op, expansion_op
-    from transformers_ddl.ops_triton_ddl import boundary_op
+    from transformers_ddl.ops_triton_ddl import boundary_op, rebuild_op
 
     torch.manual_seed(0)
     state = torch.randn(3, 2, 16, device=DEVICE, requires_grad=True)
     per_token = [torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((3, 16), (3, 2), (3,))]
     maps = [torch.randn(*shape, device=DEVICE) for shape in ((2, 16), (16,), (2, 16), (2,), (16,), (1,))]
-    args = (state, *per_token, None, None, *maps, state.detach(), [], 1e-5, 1e-5, 2, 4.0, 1, False, True, True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(boundary_op.custom_op, args, test_utils=checks)
+    for num_readers in (1, 3):
+        options = (1e-5, 1e-5, 2, 4.0, 1, False, True, True, num_readers)
+        args = (state, *per_token, None, None, *maps, state.detach(), [], *options)
+        torch.library.opcheck(boundary_op.custom_op, args, test_utils=checks)
+    direction, write = (tensor.detach() for tensor in per_token[:2])
+    torch.library.opcheck(rebuild_op.custom_op, (state.detach(), [direction, write]), test_utils=checks[:2])
 
     mixing = torch.randn(4, 2, 16, device=DEVICE, requires_grad=True)
     for positions in ((None, None), walk(None, torch.tensor([[0, 1, 1]], device=DEVICE))):
@@ -578,18 +583,21 @@ def test_number_of_writes_that_are_replayed(options, num_replays, monkeypatch):
 
 
 def test_states_that_are_rebuilt_drift_little():
-    """Over 48 sublayers in bfloat16, each state is that of the last snapshot with the writes since replayed on it."""
-    from transformers_ddl.ops_ddl import NUM_REPLAYS
-    from transformers_ddl.ops_triton_ddl import boundary_op
+    """
+    Over 48 sublayers in bfloat16, each state is that of the last snapshot with up to three writes since replayed on it. Those which
+    other states are rebuilt from are rebuilt to the last bit.
+    """
+    from transformers_ddl.ops_triton_ddl import boundary_op, rebuild_op
 
     torch.manual_seed(0)
     tokens, n, d = (4096, 4, 1024) if DEVICE == "cuda" else (2, 4, 32)
     state = torch.randn(tokens, 1, d, device=DEVICE, dtype=torch.bfloat16).expand(-1, n, -1).contiguous()
     maps = [torch.rand(*shape, device=DEVICE) for shape in ((n, d), (d,), (n, d), (n,), (d,), (1,))]
-    drifts = []
+    drifts, snapshot, replays = [], state, []
     for sublayer in range(48):
-        if sublayer % (NUM_REPLAYS + 1) == 0:
-            snapshot, rebuilt = state, state.float()
+        if sublayer % 4 == 0:
+            assert torch.equal(rebuild_op(snapshot, replays), state)
+            snapshot, rebuilt, replays = state, state.float(), []
         drifts.append(relative_error(rebuilt, state.float()))
         direction = torch.randn(tokens, d, device=DEVICE, dtype=torch.bfloat16)
         target, gate = 4 * torch.rand(tokens, n, device=DEVICE), 2 * torch.rand(tokens, device=DEVICE)
@@ -611,10 +619,36 @@ def test_states_that_are_rebuilt_drift_little():
             False,
             True,
             True,
+            1,
         )
         state, _, _, _, _, write, *_ = boundary_op(*args)
         rebuilt = rebuilt + write.unsqueeze(-1) * direction.float().unsqueeze(-2)
+        replays += [direction, write]
     assert 0 < max(drifts) < 1e-2
+
+
+def test_compiled_programs_rebuild_each_state_once(monkeypatch):
+    """The two boundaries with more than three writes since the only state that is stored share one."""
+    torch.compiler.reset()
+    monkeypatch.setattr(ops_ddl, "NUM_REPLAYS", 6)
+    model = tiny_model("scalar", num_hidden_layers=3).to(DEVICE).train()
+    tokens, kernels, resident_programs = random_tokens(1, 4).to(DEVICE), [], ops_triton_ddl.resident_programs
+
+    def record(kernel, *args, **options):
+        kernels.append(kernel)
+        return resident_programs(kernel, *args, **options)
+
+    def gradients(step):
+        kernels.clear()
+        model.zero_grad()
+        step(tokens, labels=tokens, use_cache=False).loss.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    monkeypatch.setattr(ops_triton_ddl, "resident_programs", record)
+    expected = gradients(model)
+    assert kernels.count(ops_triton_ddl.rebuild_kernel) == 2
+    assert relative_error(gradients(torch.compile(model, fullgraph=True)), expected) < 1e-5
+    assert kernels.count(ops_triton_ddl.rebuild_kernel) == 1
 
 
 def test_environment_variable_turns_kernels_off(monkeypatch):
@@ -736,6 +770,50 @@ def test_programs_that_ddp_cuts(tmp_path, monkeypatch):
     assert len(programs) > 2
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("variant", "compiled"),
+    [("scalar", False), ("cc", False), ("tc", False), ("scalar", True)],
+    ids=["scalar", "cc", "tc", "scalar-compiled"],
+)
+def test_gradients_of_contexts_are_added_up_by_the_backward_kernel(variant, compiled, monkeypatch):
+    """Each map that reads a context gives the kernel a gradient, but where something else than our sublayers is given it."""
+    torch.compiler.reset()
+    model, tokens = tiny_model(variant, num_hidden_layers=1).to(DEVICE).train(), random_tokens(1, 4).to(DEVICE)
+    num_readers, resident_programs = [], ops_triton_ddl.resident_programs
+
+    def record(kernel, *args, **options):
+        if kernel is ops_triton_ddl.boundary_backward_kernel:
+            num_readers.append(options["NUM_READERS"])
+        return resident_programs(kernel, *args, **options)
+
+    def gradients(kernels="1"):
+        monkeypatch.setenv("TRANSFORMERS_DDL_KERNELS", kernels)
+        num_readers.clear()
+        model.zero_grad()
+        step = torch.compile(model, fullgraph=True) if compiled else model
+        step(tokens, labels=tokens, use_cache=False).loss.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    monkeypatch.setattr(ops_triton_ddl, "resident_programs", record)
+    expected = gradients(kernels="0")
+    assert not num_readers
+    readout, mlp, attention = 1, 2, 3
+    assert relative_error(gradients(), expected) < 1e-5 and num_readers == [readout, mlp, attention]
+
+    if compiled:
+        return
+    layer, inputs = model.model.layers[0], []
+    handle = layer.self_attn.register_forward_pre_hook(
+        lambda _, args, kwargs: inputs.append(kwargs["hidden_states"].shape), with_kwargs=True
+    )
+    assert relative_error(gradients(), expected) < 1e-5 and num_readers == [readout, mlp, 1]
+    assert inputs == [(1, 4, model.config.hidden_size)]
+    handle.remove()
+
+    layer.mlp.forward = LlamaMLP.forward.__get__(layer.mlp)  # as Liger does
+    assert relative_error(gradients(), expected) < 1e-5 and num_readers == [readout, 1, attention]
 
 
 @pytest.mark.parametrize("name", ["norm", "layers.0.input_layernorm", "layers.0.compressor", "layers.0.mlp_residual"])

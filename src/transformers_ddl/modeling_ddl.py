@@ -72,6 +72,7 @@ from .configuration_ddl import DDLConfig
 from .ops_ddl import (
     can_fuse,
     can_fuse_expansion,
+    count_readers,
     fused_boundary,
     fused_expansion,
     is_exporting,
@@ -535,6 +536,12 @@ class DDLMLP(LlamaMLP):
         if config.num_delta_steps > 1:
             self.down_proj = widen(self.down_proj, config.num_delta_steps)
 
+    def forward(self, hidden_states: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+        gate_input, up_input = hidden_states if isinstance(hidden_states, tuple) else 2 * (hidden_states,)
+        return self.down_proj(self.act_fn(self.gate_proj(gate_input)) * self.up_proj(up_input))
+
+    forward.num_readers = 2  # maps that read the input, each of which may be given one of its own (`begin_sublayer`)
+
 
 class DDLAttention(LlamaAttention):
     """
@@ -554,18 +561,21 @@ class DDLAttention(LlamaAttention):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | tuple[torch.Tensor, ...],
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
+        query_input, key_input, value_input = (
+            hidden_states if isinstance(hidden_states, tuple) else 3 * (hidden_states,)
+        )
+        input_shape = query_input.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
 
-        query_states = self.q_proj(hidden_states).view(hidden_shape)
-        key_states = self.k_proj(hidden_states).view(hidden_shape)
-        value_states = self.v_proj(hidden_states).view(hidden_shape)
+        query_states = self.q_proj(query_input).view(hidden_shape)
+        key_states = self.k_proj(key_input).view(hidden_shape)
+        value_states = self.v_proj(value_input).view(hidden_shape)
 
         if self.config.qk_norm == "pre_rope":
             query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
@@ -596,6 +606,8 @@ class DDLAttention(LlamaAttention):
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         return self.o_proj(attn_output), attn_weights
 
+    forward.num_readers = 3
+
 
 def begin_sublayer(
     config: DDLConfig,
@@ -604,23 +616,27 @@ def begin_sublayer(
     compressor: nn.Module | None,
     norm: DDLRMSNorm,
     residual: nn.Module | None,
+    sublayer: nn.Module | None,
     history: tuple[torch.Tensor, ...],
     output_hidden_states: bool,
     past_key_values: Cache | None = None,
     conv_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
     **compressor_kwargs,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, tuple, tuple[torch.Tensor, ...]]:
+) -> tuple[
+    torch.Tensor, torch.Tensor | None, torch.Tensor | tuple[torch.Tensor, ...], tuple, tuple[torch.Tensor, ...]
+]:
     """
     Carries out the write of the sublayer before, its output and the weights that its residual gave, and reads the state
-    for the next. `write` is empty before the first sublayer, `residual` None at the readout. `history` is what the fused
+    for the next, `sublayer`. `write` is empty before the first one, `residual` and `sublayer` None at the readout. `history` is what the fused
     kernels need to rebuild states in their backward pass. Token convolutions read neither where `conv_mask` is False nor
     other documents of `document_ids`, both `[batch, sequence]`.
 
     Returns:
         state (`[batch, sequence, n, hidden_size]`): X.
         hidden_states (`[batch, sequence, hidden_size]`): x = C(X); None from the fused kernels.
-        context (`[batch, sequence, hidden_size]`): c, the input of the next sublayer.
+        context (`[batch, sequence, hidden_size]`): c, the input of the next sublayer. In training with the fused kernels, a tuple
+            of as many as there are maps that read it, whose gradients the kernels add up.
         weights: of the next sublayer's write.
         history: what it is for the next boundary.
     """
@@ -633,10 +649,10 @@ def begin_sublayer(
     )
     if is_known and not output_hidden_states and can_fuse(config, state, compressor, norm, residual, past_key_values):
         mixing = None if config.compressor is None else compressor.mixing()
-        state, context, weights, history = fused_boundary(
-            config, state, write, mixing, norm, residual, history, conv_mask, document_ids
+        state, contexts, weights, history = fused_boundary(
+            config, state, write, mixing, norm, residual, history, conv_mask, document_ids, count_readers(sublayer)
         )
-        return state, None, context, weights, history
+        return state, None, contexts if len(contexts) > 1 else contexts[0], weights, history
 
     if write:
         state = carry_out(config, state, *write)
@@ -706,6 +722,7 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
             self.compressor,
             self.input_layernorm,
             self.attn_residual,
+            self.self_attn,
             history,
             state_idx=0,
             **read_kwargs,
@@ -728,6 +745,7 @@ class DDLDecoderLayer(GradientCheckpointingLayer):
             self.compressor if self.mlp_compressor is None else self.mlp_compressor,
             self.post_attention_layernorm,
             self.mlp_residual,
+            self.mlp,
             history,
             state_idx=1,
             **read_kwargs,
@@ -956,6 +974,7 @@ class DDLModel(DDLPreTrainedModel):
             write,
             self.readout,
             self.norm,
+            None,
             None,
             history,
             output_hidden_states,

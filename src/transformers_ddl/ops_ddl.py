@@ -23,11 +23,12 @@ from transformers.utils.import_utils import is_liger_kernel_available, is_triton
 
 TRITON_AVAILABLE = is_triton_available()
 MAX_VALUE_CHANNELS = 8
-# Boundaries whose states the backward pass rebuilds for each one that is stored; 0 stores all
-NUM_REPLAYS = os.environ.get("TRANSFORMERS_DDL_REPLAYS", "3")
-if not (NUM_REPLAYS.isascii() and NUM_REPLAYS.isdecimal()):
-    raise ValueError(f"TRANSFORMERS_DDL_REPLAYS must be an integer of at least 0, got {NUM_REPLAYS!r}")
-NUM_REPLAYS = int(NUM_REPLAYS)
+# Boundaries whose states the backward pass rebuilds for each one that is stored: 0 stores all, twice the number of layers only the first
+NUM_REPLAYS = os.environ.get("TRANSFORMERS_DDL_REPLAYS", "auto")
+if NUM_REPLAYS != "auto":
+    if not (NUM_REPLAYS.isascii() and NUM_REPLAYS.isdecimal()):
+        raise ValueError(f"TRANSFORMERS_DDL_REPLAYS must be auto or an integer of at least 0, got {NUM_REPLAYS!r}")
+    NUM_REPLAYS = int(NUM_REPLAYS)
 
 
 def load_kernels():
@@ -122,6 +123,13 @@ def can_fuse_expansion(
     return can_run(embeddings, embedding_conv)
 
 
+def count_readers(sublayer: nn.Module | None) -> int:
+    """How many inputs a sublayer is given: in training one for each map that reads it, if `forward` is ours, which takes several."""
+    if sublayer is None or not torch.is_grad_enabled() or is_watched(sublayer):
+        return 1
+    return getattr(sublayer.forward, "num_readers", 1)
+
+
 def fused_expansion(
     embeddings: torch.Tensor,
     mixing: torch.Tensor,
@@ -151,7 +159,8 @@ def fused_boundary(
     history: tuple[torch.Tensor, ...],
     conv_mask: torch.Tensor | None = None,
     document_ids: torch.Tensor | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    num_readers: int = 1,
+) -> tuple[torch.Tensor | None, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """
     The boundary between two sublayers in one kernel: the write of the one, compression by `mixing` (over channels `[n,
     hidden_size]`, over tokens `[taps, n, hidden_size]`, None for n = 1), RMSNorm and the weights of `residual` for the write
@@ -163,14 +172,16 @@ def fused_boundary(
     what has been written since, from which it is rebuilt. It is begun anew when it is full.
 
     Returns:
-        The new state (None at the readout), the context, the weights of the next write, as `begin_sublayer` says, and the
-        history for the next boundary.
+        The new state (None at the readout), the context, once for each of `num_readers`, the weights of the next write, as
+        `begin_sublayer` says, and the history for the next boundary.
     """
-    from .ops_triton_ddl import VALUE_ACTIVATIONS, boundary_op
+    from .ops_triton_ddl import VALUE_ACTIVATIONS, boundary_op, hand_out
 
     batch_shape = state.shape[:2]
     state = state.flatten(0, 1).contiguous()
-    if len(history) > 1 + 2 * NUM_REPLAYS:
+    # By default, what is stored for each boundary is one vector of each token for up to four channels. More replays would take time
+    num_replays = min(config.num_value_channels - 1, 3) if NUM_REPLAYS == "auto" else NUM_REPLAYS
+    if len(history) > 1 + 2 * num_replays:
         history = ()
     snapshot, *replays = history or (state,)
     direction = target = gate = keep = amplitude = None
@@ -203,6 +214,7 @@ def fused_boundary(
         config.value_input == "context",
         erase,
         begins_sublayer,
+        num_readers,
     )
     if config.compressor == "token":
         from .ops_triton_conv_ddl import convolution_op
@@ -224,16 +236,16 @@ def fused_boundary(
         # What is left is a boundary without a write, of a state of one channel
         hidden_states = hidden_states.unsqueeze(1)
         no_write = [None] * len(write)
-        _, context, new_target, new_gate, *_ = boundary_op(
+        _, context, new_target, new_gate, _, _, _, _, *receivers = boundary_op(
             hidden_states, *no_write, None, *maps, hidden_states, [], *options
         )
     else:
-        new_state, context, new_target, new_gate, _, written, *_ = boundary_op(
+        new_state, context, new_target, new_gate, _, written, _, _, *receivers = boundary_op(
             state, *write, mixing, *maps, snapshot, replays, *options
         )
-    context = context.unflatten(0, batch_shape)
+    contexts = tuple(context.unflatten(0, batch_shape) for context in hand_out(context, *receivers))
     if residual is None:
-        return None, context, (), ()
+        return None, contexts, (), ()
     if direction is None:
         new_state = state
     else:
@@ -248,8 +260,8 @@ def fused_boundary(
         if config.value_anchor is not None:
             weights = (*weights, heads.anchor())
     else:
-        weights = residual(None, context)
-    return new_state.unflatten(0, batch_shape), context, weights, history
+        weights = residual(None, contexts[0])
+    return new_state.unflatten(0, batch_shape), contexts, weights, history
 
 
 def walk(

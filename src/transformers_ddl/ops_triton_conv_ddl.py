@@ -30,6 +30,7 @@ from transformers.utils.import_utils import is_triton_available
 from .ops_triton_ddl import (
     add,
     add_products,
+    last_of_history,
     load_scalars,
     load_vectors,
     load_write_scalars,
@@ -698,6 +699,7 @@ def backward(ctx, grads):
     grad_new_state, grad_hidden, *_ = grads
     snapshot, *saved = ctx.saved_tensors
     replays, saved = saved[: ctx.num_replays], saved[ctx.num_replays :]
+    snapshot, replays = last_of_history(snapshot, replays)
     direction, target, gate, keep, amplitude, *_, mixing, _, _ = saved
 
     # Gradients are None for outputs that nothing used

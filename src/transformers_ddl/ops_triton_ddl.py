@@ -514,6 +514,33 @@ def rebuild_state(
 
 
 @triton.jit
+def rebuild_kernel(
+    snapshot_ptr,
+    replays,
+    state_ptr,
+    num_tokens,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    NUM_REPLAYS: tl.constexpr,
+):
+    tokens_per_program = tl.cdiv(num_tokens, tl.num_programs(0))
+    begin = tl.program_id(0).to(tl.int64) * tokens_per_program
+    end = tl.minimum(begin + tokens_per_program, num_tokens)
+    for token in range(begin, end):
+        next_token = tl.minimum(token + 1, end - 1)
+        prefetch(snapshot_ptr + next_token * (N * D), N, D)
+        for i in tl.static_range(NUM_REPLAYS):
+            prefetch(replays[2 * i] + next_token * D, 1, D)
+        state = load_vectors(snapshot_ptr + token * (N * D), N, D, BLOCK_D, NUM_BLOCKS)
+        for i in tl.static_range(NUM_REPLAYS):
+            state = replay(state, replays[2 * i], replays[2 * i + 1], token, N, D, BLOCK_D, NUM_BLOCKS, 0)
+            state = rounded(state, state_ptr, N * NUM_BLOCKS)  # as it was when it was first written
+        store_vectors(state_ptr + token * (N * D), state, N, D, BLOCK_D, NUM_BLOCKS)
+
+
+@triton.jit
 def load_write_scalars(
     write_ptr,
     target_ptr,
@@ -607,7 +634,7 @@ def boundary_backward_kernel(
     new_target_ptr,
     new_gate_ptr,
     grad_new_state_ptr,
-    grad_context_ptr,
+    grad_contexts,  # one for each reader
     grad_new_target_ptr,
     grad_new_gate_ptr,
     grad_state_ptr,
@@ -624,6 +651,7 @@ def boundary_backward_kernel(
     BLOCK_D: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     NUM_REPLAYS: tl.constexpr,
+    NUM_READERS: tl.constexpr,
     HAS_GRAD_STATE: tl.constexpr,
     HAS_WRITE: tl.constexpr,
     HAS_GATE: tl.constexpr,
@@ -651,7 +679,8 @@ def boundary_backward_kernel(
     end = tl.minimum(begin + tokens_per_program, num_tokens)
     for token in range(begin, end):
         next_token = tl.minimum(token + 1, end - 1)
-        prefetch(grad_context_ptr + next_token * D, 1, D)
+        for i in tl.static_range(NUM_READERS):
+            prefetch(grad_contexts[i] + next_token * D, 1, D)
         if HAS_GRAD_STATE:
             prefetch(grad_new_state_ptr + next_token * (N * D), N, D)
         prefetch(snapshot_ptr + next_token * (N * D), N, D)
@@ -669,7 +698,10 @@ def boundary_backward_kernel(
             if VALUE_ACTIVATION != 2:
                 value_weight = load_vectors(value_weight_ptr, NUM_VALUES, D, BLOCK_D, NUM_BLOCKS)
 
-        grad_context = load_vectors(grad_context_ptr + token * D, 1, D, BLOCK_D, NUM_BLOCKS)
+        grad_context = load_vectors(grad_contexts[0] + token * D, 1, D, BLOCK_D, NUM_BLOCKS)
+        for i in tl.static_range(1, NUM_READERS):
+            another = load_vectors(grad_contexts[i] + token * D, 1, D, BLOCK_D, NUM_BLOCKS)
+            grad_context = add(grad_context, another, NUM_BLOCKS)
         rstd = tl.load(rstd_ptr + token)
         if HAS_GRAD_STATE:
             grad_state = load_vectors(grad_new_state_ptr + token * (N * D), N, D, BLOCK_D, NUM_BLOCKS)
@@ -770,6 +802,7 @@ def boundary_backward_kernel(
     store_scalars(scalars_ptr + N + NUM_VALUES + 1, sum_amplitude, N)
 
 
+MAX_REPLAYS = 3  # of a backward kernel: each number of them is a kernel to compile
 VALUE_ACTIVATIONS = {None: 0, "sigmoid": 1, "constant": 2}
 
 
@@ -920,10 +953,14 @@ def boundary_op(
     value_from_context: bool,
     erase: bool,
     begins_sublayer: bool,
+    num_readers: int,
 ) -> list[torch.Tensor]:
-    """Returns new state, context, new target, new gate and, for the backward pass, Xᵀk, w, 1/‖k̃‖ and 1/rms."""
-    outputs = boundary_outputs(state, direction, gate_weight, num_values, begins_sublayer)
-    new_state, context, new_target, new_gate, readout, write, inv_key_norm, rstd = outputs
+    """
+    Returns new state, context, new target, new gate and, for the backward pass, Xᵀk, w, 1/‖k̃‖ and 1/rms, then receivers of the context's
+    gradient for all of `num_readers` but the first (`hand_out`).
+    """
+    outputs = boundary_outputs(state, direction, gate_weight, num_values, begins_sublayer, num_readers)
+    new_state, context, new_target, new_gate, readout, write, inv_key_norm, rstd, *_ = outputs
     if value_activation == VALUE_ACTIVATIONS["constant"]:
         new_target.fill_(value_scale)
     if state.shape[0] > 0:
@@ -961,6 +998,7 @@ def boundary_outputs(
     gate_weight: torch.Tensor | None,
     num_values: int,
     begins_sublayer: bool,
+    num_readers: int,
 ) -> list[torch.Tensor]:
     num_tokens, n, d = state.shape
     num_writes = 0 if direction is None else num_tokens
@@ -974,13 +1012,14 @@ def boundary_outputs(
         state.new_empty(num_writes, n, dtype=torch.float32),
         state.new_empty(num_writes, dtype=torch.float32),
         state.new_empty(num_tokens, dtype=torch.float32),
+        *(state.new_empty(1, 1).expand(num_tokens, d) for _ in range(1, num_readers)),
     ]
 
 
 @boundary_op.register_fake
 def _(state, direction, *args):
-    gate_weight, num_values, begins_sublayer = args[8], args[14], args[-1]
-    return boundary_outputs(state, direction, gate_weight, num_values, begins_sublayer)
+    gate_weight, num_values, begins_sublayer, num_readers = args[8], args[14], *args[-2:]
+    return boundary_outputs(state, direction, gate_weight, num_values, begins_sublayer, num_readers)
 
 
 @operation("boundary_backward")
@@ -1003,7 +1042,7 @@ def boundary_backward_op(
     new_gate: torch.Tensor,
     rstd: torch.Tensor,
     grad_new_state: torch.Tensor | None,
-    grad_context: torch.Tensor,
+    grad_contexts: list[torch.Tensor],
     grad_new_target: torch.Tensor | None,
     grad_new_gate: torch.Tensor | None,
     num_values: int,
@@ -1022,10 +1061,11 @@ def boundary_backward_op(
     args = (
         snapshot, tuple(replays), direction, target, gate, keep,
         readout, write, inv_key_norm, mixing, norm_weight, value_weight, gate_weight, rstd, new_target, new_gate,
-        grad_new_state, grad_context, grad_new_target, grad_new_gate, *per_token,
+        grad_new_state, tuple(grad_contexts), grad_new_target, grad_new_gate, *per_token,
     )  # fmt: skip
     options = dict(
-        NUM_REPLAYS=len(replays) // 2, HAS_GRAD_STATE=grad_new_state is not None, HAS_WRITE=direction is not None,
+        NUM_REPLAYS=len(replays) // 2, NUM_READERS=len(grad_contexts),
+        HAS_GRAD_STATE=grad_new_state is not None, HAS_WRITE=direction is not None,
         HAS_GATE=gate is not None, ERASE=erase, HAS_KEEP=keep is not None, HAS_AMPLITUDE=amplitude is not None,
         HAS_MIXING=mixing is not None, HAS_HEADS=gate_weight is not None,
         VALUE_FROM_CONTEXT=value_from_context, VALUE_ACTIVATION=value_activation,
@@ -1069,13 +1109,43 @@ def _(snapshot, replays, direction, target, gate, *args):
     return boundary_backward_outputs(snapshot, direction, target, gate, num_values=args[-5])
 
 
+@operation("rebuild")
+def rebuild_op(snapshot: torch.Tensor, replays: list[torch.Tensor]) -> torch.Tensor:
+    """Returns the state after all replayed writes."""
+    state = torch.empty_like(snapshot)
+    num_tokens, n, d = snapshot.shape
+    if num_tokens > 0:
+        options = {"NUM_REPLAYS": len(replays) // 2, **launch_sizes(n, d, 0, backward=False)}
+        del options["NUM_VALUES"]
+        args = snapshot, tuple(replays), state, num_tokens
+        num_programs = resident_programs(rebuild_kernel, *args, **options)
+        rebuild_kernel[min(num_programs, num_tokens),](*args, **options)
+    return state
+
+
+@rebuild_op.register_fake
+def _(snapshot, replays):
+    return torch.empty_like(snapshot)
+
+
+def last_of_history(snapshot: torch.Tensor, replays: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """
+    A state of which at most MAX_REPLAYS writes are left to be replayed. States between these are rebuilt one from another: compiled
+    programs compute each of them once, before the first backward kernel that needs it.
+    """
+    length = 2 * (MAX_REPLAYS + 1)
+    while len(replays) >= length:
+        snapshot, replays = rebuild_op(snapshot, replays[:length]), replays[length:]
+    return snapshot, replays
+
+
 def setup_context(ctx, inputs, output):
     (
         state, direction, target, gate, keep, amplitude,
         mixing, norm_weight, value_weight, value_bias, gate_weight, gate_bias,
-        snapshot, replays, key_eps, norm_eps, *ctx.options, ctx.begins_sublayer,
+        snapshot, replays, key_eps, norm_eps, *ctx.options, ctx.begins_sublayer, _,
     ) = inputs  # fmt: skip
-    new_state, context, new_target, new_gate, readout, write, inv_key_norm, rstd = output
+    new_state, context, new_target, new_gate, readout, write, inv_key_norm, rstd, *_ = output
     ctx.mark_non_differentiable(readout, write, inv_key_norm, rstd)
     ctx.set_materialize_grads(False)
     ctx.num_replays = len(replays)
@@ -1088,16 +1158,18 @@ def setup_context(ctx, inputs, output):
 
 
 def backward(ctx, grads):
-    grad_new_state, grad_context, grad_new_target, grad_new_gate, *_ = grads
+    grad_new_state, grad_context, grad_new_target, grad_new_gate, _, _, _, _, *grad_contexts = grads
     snapshot, *saved = ctx.saved_tensors
     replays, saved = saved[: ctx.num_replays], saved[ctx.num_replays :]
+    snapshot, replays = last_of_history(snapshot, replays)
     direction, target, gate = saved[:3]
     new_target, new_gate, _ = saved[-3:]
     n, d = snapshot.shape[1:]
 
     # Gradients are None for outputs that nothing used
-    if grad_context is None:
-        grad_context = snapshot.new_zeros(snapshot.shape[0], snapshot.shape[2])
+    grad_contexts = [grad.contiguous() for grad in (grad_context, *grad_contexts) if grad is not None]
+    if not grad_contexts:
+        grad_contexts = [snapshot.new_zeros(snapshot.shape[0], snapshot.shape[2])]
     if new_gate.shape[0] > 0:
         grad_new_target = torch.zeros_like(new_target) if grad_new_target is None else grad_new_target.contiguous()
         grad_new_gate = torch.zeros_like(new_gate) if grad_new_gate is None else grad_new_gate.contiguous()
@@ -1105,7 +1177,7 @@ def backward(ctx, grads):
         grad_new_state = grad_new_state.contiguous() if direction is not None and ctx.begins_sublayer else None
 
     grad_state, *grad_write, grad_parameters = boundary_backward_op(
-        snapshot, replays, *saved, grad_new_state, grad_context.contiguous(), grad_new_target, grad_new_gate,
+        snapshot, replays, *saved, grad_new_state, grad_contexts, grad_new_target, grad_new_gate,
         *ctx.options,
     )  # fmt: skip
     grad_write = [
@@ -1123,8 +1195,30 @@ def backward(ctx, grads):
     return (
         grad_state, *grad_write, grad_keep, grad_amplitude, grad_mixing, grad_norm_weight,
         grad_value_weight, grad_value_bias, grad_gate_weight, grad_gate_bias,
-        None, [None] * ctx.num_replays, *[None] * 8,
+        None, [None] * ctx.num_replays, *[None] * 9,
     )  # fmt: skip
 
 
 boundary_op.register_autograd(backward, setup_context=setup_context)
+
+
+class HandOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, context: torch.Tensor, *receivers: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(context.view_as(context) for _ in (context, *receivers))
+
+    @staticmethod
+    def backward(ctx, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return grads
+
+
+# Dynamo would make a higher-order operation of it, of which DDP could not cut compiled programs in two
+@torch.compiler.allow_in_graph
+def hand_out(context: torch.Tensor, *receivers: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """
+    The context `[tokens, d]`, and once more for each receiver from `boundary_op`. What reads one of them gives that a gradient, which
+    reaches the backward kernel by the receiver, an empty tensor of the same shape: the kernel adds up what autograd would
+    otherwise add up in kernels of their own.
+    """
+    return HandOut.apply(context, *receivers) if receivers else (context,)

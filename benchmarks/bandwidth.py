@@ -31,7 +31,7 @@ from common import DEVICE, now, report
 
 from transformers_ddl import DDLConfig
 from transformers_ddl.modeling_ddl import DDLDecoderLayer
-from transformers_ddl.ops_ddl import can_fuse, fused_boundary
+from transformers_ddl.ops_ddl import can_fuse, fused_boundary, num_replays
 
 
 REPEATS = 20
@@ -110,7 +110,7 @@ def measure(compressor: str | None, n: int, d: int, num_tokens: int, dtype: torc
     inputs = [tensor for tensor in (state, *write, mixing) if tensor is not None]
     inputs += [parameter for module in modules for parameter in module.parameters()]
     num_readers = layer.mlp.forward.num_readers
-    for replays in (0, 3):
+    for replays in sorted({0, num_replays(n)}):
         history = ()
         for _ in range(replays):  # each of a write of its own, or its k̃ would be in the cache
             *_, history = fused_boundary(config, state, random_write(), mixing, *modules, history)

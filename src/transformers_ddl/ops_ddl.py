@@ -23,12 +23,20 @@ from transformers.utils.import_utils import is_liger_kernel_available, is_triton
 
 TRITON_AVAILABLE = is_triton_available()
 MAX_VALUE_CHANNELS = 8
-# Boundaries whose states the backward pass rebuilds for each one that is stored: 0 stores all, twice the number of layers only the first
 NUM_REPLAYS = os.environ.get("TRANSFORMERS_DDL_REPLAYS", "auto")
 if NUM_REPLAYS != "auto":
     if not (NUM_REPLAYS.isascii() and NUM_REPLAYS.isdecimal()):
         raise ValueError(f"TRANSFORMERS_DDL_REPLAYS must be auto or an integer of at least 0, got {NUM_REPLAYS!r}")
     NUM_REPLAYS = int(NUM_REPLAYS)
+
+
+def num_replays(n: int) -> int:
+    """
+    Boundaries whose states `[batch, sequence, n, hidden_size]` the backward pass rebuilds for each one that is stored: with 0 all are stored,
+    with twice the number of layers only the first. By default, what is stored for each boundary comes to one vector of a token, for up to
+    four channels. More replays would take time.
+    """
+    return min(n - 1, 3) if NUM_REPLAYS == "auto" else NUM_REPLAYS
 
 
 def load_kernels():
@@ -179,9 +187,7 @@ def fused_boundary(
 
     batch_shape = state.shape[:2]
     state = state.flatten(0, 1).contiguous()
-    # By default, what is stored for each boundary is one vector of each token for up to four channels. More replays would take time
-    num_replays = min(config.num_value_channels - 1, 3) if NUM_REPLAYS == "auto" else NUM_REPLAYS
-    if len(history) > 1 + 2 * num_replays:
+    if len(history) > 1 + 2 * num_replays(config.num_value_channels):
         history = ()
     snapshot, *replays = history or (state,)
     direction = target = gate = keep = amplitude = None

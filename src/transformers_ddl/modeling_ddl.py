@@ -536,11 +536,13 @@ class DDLMLP(LlamaMLP):
         if config.num_delta_steps > 1:
             self.down_proj = widen(self.down_proj, config.num_delta_steps)
 
-    def forward(self, hidden_states: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-        gate_input, up_input = hidden_states if isinstance(hidden_states, tuple) else 2 * (hidden_states,)
+    def forward(self, x: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
+        gate_input, up_input = x if isinstance(x, tuple) else 2 * (x,)
         return self.down_proj(self.act_fn(self.gate_proj(gate_input)) * self.up_proj(up_input))
 
-    forward.num_readers = 2  # maps that read the input, each of which may be given one of its own (`begin_sublayer`)
+    forward.num_readers = (
+        2  # maps that read the input, each of which takes one of its own in training (`begin_sublayer`)
+    )
 
 
 class DDLAttention(LlamaAttention):
@@ -606,7 +608,7 @@ class DDLAttention(LlamaAttention):
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         return self.o_proj(attn_output), attn_weights
 
-    forward.num_readers = 3
+    forward.num_readers = 3  # as the MLP's
 
 
 def begin_sublayer(
@@ -628,9 +630,9 @@ def begin_sublayer(
 ]:
     """
     Carries out the write of the sublayer before, its output and the weights that its residual gave, and reads the state
-    for the next, `sublayer`. `write` is empty before the first one, `residual` and `sublayer` None at the readout. `history` is what the fused
-    kernels need to rebuild states in their backward pass. Token convolutions read neither where `conv_mask` is False nor
-    other documents of `document_ids`, both `[batch, sequence]`.
+    for the next, `sublayer`. `write` is empty before the first one, `residual` and `sublayer` None at the readout.
+    `history` is what the fused kernels need to rebuild states in their backward pass. Token convolutions read neither
+    where `conv_mask` is False nor other documents of `document_ids`, both `[batch, sequence]`.
 
     Returns:
         state (`[batch, sequence, n, hidden_size]`): X.

@@ -32,9 +32,9 @@ if NUM_REPLAYS != "auto":
 
 def num_replays(n: int) -> int:
     """
-    Boundaries whose states `[batch, sequence, n, hidden_size]` the backward pass rebuilds for each one that is stored: with 0 all are stored,
-    with twice the number of layers only the first. By default, what is stored for each boundary comes to one vector of a token, for up to
-    four channels. More replays would take time.
+    Boundaries whose states `[batch, sequence, n, hidden_size]` the backward pass rebuilds for each one that is stored: with 0 all are
+    stored, with twice the number of layers only the first. By default, a state of n vectors is stored at every n-th boundary, one vector
+    for each, and at every fourth for n > 4: a kernel replays no more (`MAX_REPLAYS`), and what rebuilds states beside takes time.
     """
     return min(n - 1, 3) if NUM_REPLAYS == "auto" else NUM_REPLAYS
 
@@ -133,9 +133,11 @@ def can_fuse_expansion(
 
 def count_readers(sublayer: nn.Module | None) -> int:
     """How many inputs a sublayer is given: in training one for each map that reads it, if `forward` is ours, which takes several."""
-    if sublayer is None or not torch.is_grad_enabled() or is_watched(sublayer):
+    if sublayer is None or not torch.is_grad_enabled() or torch.jit.is_tracing() or is_watched(sublayer):
         return 1
-    return getattr(sublayer.forward, "num_readers", 1)
+    # What wraps a function takes over its attributes (`functools.wraps`)
+    is_wrapped = hasattr(sublayer.forward, "__wrapped__")
+    return 1 if is_wrapped else getattr(sublayer.forward, "num_readers", 1)
 
 
 def fused_expansion(

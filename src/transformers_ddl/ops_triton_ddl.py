@@ -25,11 +25,14 @@ Notation of the kernels, per token (d the hidden size, n the number of value cha
 """
 
 import functools
+import hashlib
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+import torch._inductor.config
 from transformers.utils.import_utils import is_triton_available
 
 
@@ -523,6 +526,7 @@ def rebuild_kernel(
     N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
+    NUM_VALUES: tl.constexpr,  # none, as there are no maps
     NUM_REPLAYS: tl.constexpr,
 ):
     tokens_per_program = tl.cdiv(num_tokens, tl.num_programs(0))
@@ -1115,8 +1119,7 @@ def rebuild_op(snapshot: torch.Tensor, replays: list[torch.Tensor]) -> torch.Ten
     state = torch.empty_like(snapshot)
     num_tokens, n, d = snapshot.shape
     if num_tokens > 0:
-        options = {"NUM_REPLAYS": len(replays) // 2, **launch_sizes(n, d, 0, backward=False)}
-        del options["NUM_VALUES"]
+        options = {"NUM_REPLAYS": len(replays) // 2, **launch_sizes(n, d, num_values=0, backward=False)}
         args = snapshot, tuple(replays), state, num_tokens
         num_programs = resident_programs(rebuild_kernel, *args, **options)
         rebuild_kernel[min(num_programs, num_tokens),](*args, **options)
@@ -1130,8 +1133,9 @@ def _(snapshot, replays):
 
 def last_of_history(snapshot: torch.Tensor, replays: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """
-    A state of which at most MAX_REPLAYS writes are left to be replayed. States between these are rebuilt one from another: compiled
-    programs compute each of them once, before the first backward kernel that needs it.
+    A state of which at most MAX_REPLAYS writes are left to be replayed, rebuilt from the one before, and so on from the snapshot. A compiled
+    program computes each of these states once, all before its first backward kernel, when what the loss took is free again. Elsewhere
+    each boundary computes those that it needs.
     """
     length = 2 * (MAX_REPLAYS + 1)
     while len(replays) >= length:
@@ -1203,9 +1207,11 @@ boundary_op.register_autograd(backward, setup_context=setup_context)
 
 
 class HandOut(torch.autograd.Function):
+    """See `hand_out`."""
+
     @staticmethod
     def forward(ctx, context: torch.Tensor, *receivers: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # of what nothing reads, there is none to add
         return tuple(context.view_as(context) for _ in (context, *receivers))
 
     @staticmethod
@@ -1213,12 +1219,18 @@ class HandOut(torch.autograd.Function):
         return grads
 
 
-# Dynamo would make a higher-order operation of it, of which DDP could not cut compiled programs in two
+# Dynamo would make a higher-order operation of an autograd function, and DDP could not cut compiled programs in two
 @torch.compiler.allow_in_graph
 def hand_out(context: torch.Tensor, *receivers: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """
     The context `[tokens, d]`, and once more for each receiver from `boundary_op`. What reads one of them gives that a gradient, which
-    reaches the backward kernel by the receiver, an empty tensor of the same shape: the kernel adds up what autograd would
-    otherwise add up in kernels of their own.
+    reaches the backward kernel by the receiver, a tensor of the same shape whose values nothing reads: the kernel adds up what
+    autograd would otherwise add up in kernels of their own.
     """
     return HandOut.apply(context, *receivers) if receivers else (context,)
+
+
+# Or torch would not store compiled programs with it from one process to the next; what it stores holds for this source
+torch._inductor.config.unsafe_marked_cacheable_functions[f"{__name__}.{hand_out.__name__}"] = hashlib.sha256(
+    Path(__file__).read_bytes()
+).hexdigest()

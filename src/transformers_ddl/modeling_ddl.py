@@ -540,9 +540,7 @@ class DDLMLP(LlamaMLP):
         gate_input, up_input = x if isinstance(x, tuple) else 2 * (x,)
         return self.down_proj(self.act_fn(self.gate_proj(gate_input)) * self.up_proj(up_input))
 
-    forward.num_readers = (
-        2  # maps that read the input, each of which takes one of its own in training (`begin_sublayer`)
-    )
+    forward.num_readers = 2  # maps that read the input, of which each may be given one of its own (`begin_sublayer`)
 
 
 class DDLAttention(LlamaAttention):
@@ -637,8 +635,8 @@ def begin_sublayer(
     Returns:
         state (`[batch, sequence, n, hidden_size]`): X.
         hidden_states (`[batch, sequence, hidden_size]`): x = C(X); None from the fused kernels.
-        context (`[batch, sequence, hidden_size]`): c, the input of the next sublayer. In training with the fused kernels, a tuple
-            of as many as there are maps that read it, whose gradients the kernels add up.
+        context (`[batch, sequence, hidden_size]`): c, the input of the next sublayer. In compiled training with the fused
+            kernels, a tuple of as many as there are maps that read it, whose gradients the kernels add up.
         weights: of the next sublayer's write.
         history: what it is for the next boundary.
     """

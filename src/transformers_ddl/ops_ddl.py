@@ -132,8 +132,11 @@ def can_fuse_expansion(
 
 
 def count_readers(sublayer: nn.Module | None) -> int:
-    """How many inputs a sublayer is given: in training one for each map that reads it, if `forward` is ours, which takes several."""
-    if sublayer is None or not torch.is_grad_enabled() or torch.jit.is_tracing() or is_watched(sublayer):
+    """
+    How many inputs a sublayer is given: in compiled training one for each map that reads it, if `forward` is ours, which takes several.
+    (Uncompiled, that would cost more of the host's time than it saves.)
+    """
+    if sublayer is None or not torch.compiler.is_compiling() or not torch.is_grad_enabled() or is_watched(sublayer):
         return 1
     # What wraps a function takes over its attributes (`functools.wraps`)
     is_wrapped = hasattr(sublayer.forward, "__wrapped__")

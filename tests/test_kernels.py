@@ -823,7 +823,9 @@ def test_gradients_of_contexts_are_added_up_by_the_backward_kernel(variant, comp
         hand_out_contexts(monkeypatch)
     readout, mlp, attention = 1, 2, 3
     assert relative_error(gradients(), expected) < 1e-5 and num_readers == [readout, mlp, attention]
-    assert not counters["aot_autograd"]["autograd_cache_bypass"], "torch would not store the program"
+    if compiled:
+        stored = counters["aot_autograd"]["autograd_cache_miss"] + counters["aot_autograd"]["autograd_cache_hit"]
+        assert stored == 2, "torch keeps the programs with kernels and without for the next process"
 
 
 def test_only_our_forwards_are_given_several_inputs(monkeypatch):

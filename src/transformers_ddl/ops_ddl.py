@@ -23,6 +23,7 @@ from transformers.utils.import_utils import is_liger_kernel_available, is_triton
 
 TRITON_AVAILABLE = is_triton_available()
 MAX_VALUE_CHANNELS = 8
+MAX_REPLAYS = 3  # of a backward kernel: each number of them is a kernel to compile
 NUM_REPLAYS = os.environ.get("TRANSFORMERS_DDL_REPLAYS", "auto")
 if NUM_REPLAYS != "auto":
     if not (NUM_REPLAYS.isascii() and NUM_REPLAYS.isdecimal()):
@@ -36,7 +37,7 @@ def num_replays(n: int) -> int:
     stored, with twice the number of layers only the first. By default, a state of n vectors is stored at every n-th boundary, one vector
     for each, and at every fourth for n > 4: a kernel replays no more (`MAX_REPLAYS`), and what rebuilds states beside takes time.
     """
-    return min(n - 1, 3) if NUM_REPLAYS == "auto" else NUM_REPLAYS
+    return min(n - 1, MAX_REPLAYS) if NUM_REPLAYS == "auto" else NUM_REPLAYS
 
 
 def load_kernels():
@@ -139,8 +140,7 @@ def count_readers(sublayer: nn.Module | None) -> int:
     if sublayer is None or not torch.compiler.is_compiling() or not torch.is_grad_enabled() or is_watched(sublayer):
         return 1
     # What wraps a function takes over its attributes (`functools.wraps`)
-    is_wrapped = hasattr(sublayer.forward, "__wrapped__")
-    return 1 if is_wrapped else getattr(sublayer.forward, "num_readers", 1)
+    return 1 if hasattr(sublayer.forward, "__wrapped__") else getattr(sublayer.forward, "num_readers", 1)
 
 
 def fused_expansion(

@@ -35,6 +35,8 @@ import torch
 import torch._inductor.config
 from transformers.utils.import_utils import is_triton_available
 
+from .ops_ddl import MAX_REPLAYS
+
 
 # Always true here. Transformers refuses to load remote code with an import that is missing, unless under such a condition
 if is_triton_available():
@@ -806,7 +808,6 @@ def boundary_backward_kernel(
     store_scalars(scalars_ptr + N + NUM_VALUES + 1, sum_amplitude, N)
 
 
-MAX_REPLAYS = 3  # of a backward kernel: each number of them is a kernel to compile
 VALUE_ACTIVATIONS = {None: 0, "sigmoid": 1, "constant": 2}
 
 
